@@ -1,0 +1,33 @@
+# The newcomer's two commands are `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUIET_SERVICES := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+
+.PHONY: demo test bench check clean
+
+$(VENV)/demo-installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/test-installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@ $(VENV)/demo-installed
+
+demo: $(VENV)/demo-installed
+	$(QUIET_SERVICES) $(BIN)/raystudy run experiments/demo.yaml
+
+check: $(VENV)/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: $(VENV)/test-installed check
+	tests/install_system_packages.sh
+	$(QUIET_SERVICES) OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not cluster and not faults"
+
+bench: $(VENV)/test-installed
+	$(BIN)/python -m benchmarks

@@ -1,0 +1,31 @@
+"""The refusal that a user can act on: what is wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+
+class StudyError(Exception):
+    """A study, file or service that raystudy refuses, in words for the person who runs it.
+
+    Parameters
+    ----------
+    what : the rule that was broken, with the offending value.
+    where : file, key path, row or address.
+    remedy : what would be right.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        super().__init__(what, where, remedy)
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        if self.remedy:
+            lines.append(f"  remedy: {self.remedy}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (self.what, self.where, self.remedy)
+
+
+def _rebuild(what: str, where: str | None, remedy: str | None) -> StudyError:
+    return StudyError(what, where=where, remedy=remedy)

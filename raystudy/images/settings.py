@@ -1,0 +1,32 @@
+"""What an experiment file may say about pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Decoding and resizing of the originals into the image store.
+
+    ``resize``: ``squash`` to a square as published (aspect not kept) or ``letterbox``.  ``pixel_cap`` is checked on the
+    header, before decoding.  ``unreadable``: ``fail`` stops the study with the quarantine list, ``drop`` leaves the
+    images out and repeats the have/need check.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, never changed)
+
+    size: int = 224
+    resize: Literal["squash", "letterbox"] = "squash"
+    unreadable: Literal["fail", "drop"] = "fail"
+    pixel_cap: int = 100_000_000
+    node_memory_share: float = 0.3  # beyond this share of a node's memory the pixels are streamed
+
+    def __post_init__(self) -> None:
+        if not 32 <= self.size <= 2048:
+            raise ValueError("size must lie in 32..2048 pixels")
+        if self.pixel_cap < 1:
+            raise ValueError("pixel_cap must be at least 1")
+        if not 0 < self.node_memory_share < 1:
+            raise ValueError("node_memory_share must lie between 0 and 1")
