@@ -1,4 +1,4 @@
-"""What an experiment file may say about the network and its training; the defaults are the paper's (method.md a.3, a.7)."""
+"""What an experiment file may say about the network and its training; defaults are the paper's (method.md a.3, a.7)."""
 
 from __future__ import annotations
 
