@@ -1,0 +1,368 @@
+"""Where bytes lie: a local folder, an S3 bucket, or any other file system that pyarrow can open.
+
+Each backend knows seven verbs (read, write, create, exists, list, stat, delete) over keys with forward slashes, and
+turns what its service answers into ``FileNotFoundError`` (no such file), ``FileExistsError`` or a ``StudyError`` that
+names the remedy.  ``raystudy.storage`` builds everything else on these verbs.
+
+S3 goes through obstore: one request a read, one PUT a write, and the conditional PUT that pyarrow.fs does not have.
+Requests that fail because the server is away are repeated for ``retry_seconds``; the loop is in Python so that Ctrl-C
+works while the server is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import obstore
+import pyarrow.fs
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import S3Store
+
+from raystudy.errors import StudyError
+
+T = TypeVar("T")
+
+ASIDE = re.compile(r"^\.[^/]*\.aside-[0-9a-f]+$")  # a file that is being written; never listed
+SINGLE_PUT_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """Size and version of one file: enough to see that it changed without reading it."""
+
+    size: int
+    version: str
+
+
+class Backend(Protocol):
+    """The verbs of a store; ``key`` is a relative path with forward slashes."""
+
+    def read(self, key: str) -> bytes: ...
+    def write(self, key: str, data: bytes) -> None: ...
+    def create(self, key: str, data: bytes) -> None: ...
+    def exists(self, key: str) -> bool: ...
+    def list(self, prefix: str) -> Iterator[str]: ...
+    def stamps(self, folder: str) -> dict[str, FileStamp]: ...
+    def delete(self, key: str) -> None: ...
+    def delete_tree(self, prefix: str) -> None: ...
+    def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]: ...
+
+
+class LocalFolder:
+    """A folder of this machine.  Writes are aside, fsync, rename, fsync of the folder: never half-visible."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, key: str) -> bytes:
+        with self._refusals(key):
+            return (self.root / key).read_bytes()
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._refusals(key), self._aside(key, data) as (aside, target):
+            os.replace(aside, target)
+
+    def create(self, key: str, data: bytes) -> None:
+        with self._refusals(key), self._aside(key, data) as (aside, target):
+            os.link(aside, target)  # fails when the target is there; the content is complete from its first moment
+
+    def exists(self, key: str) -> bool:
+        with self._refusals(key):
+            return (self.root / key).is_file()
+
+    def list(self, prefix: str) -> Iterator[str]:
+        with self._refusals(prefix):
+            for folder, _, names in os.walk(self.root / prefix):
+                for name in names:
+                    if not ASIDE.match(name):
+                        yield (Path(folder) / name).relative_to(self.root).as_posix()
+
+    def stamps(self, folder: str) -> dict[str, FileStamp]:
+        found: dict[str, FileStamp] = {}
+        with self._refusals(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for entry in os.scandir(self.root / folder):
+                if entry.is_file():
+                    status = entry.stat()
+                    found[entry.name] = FileStamp(status.st_size, str(status.st_mtime_ns))
+        return found
+
+    def delete(self, key: str) -> None:
+        with self._refusals(key):
+            (self.root / key).unlink(missing_ok=True)
+
+    def delete_tree(self, prefix: str) -> None:
+        with self._refusals(prefix), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.root / prefix)
+
+    def append(self, key: str, line: bytes) -> None:
+        """Append one line in one write; a line torn by an earlier crash is closed first."""
+        target = self.root / key
+        with self._refusals(key):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(target, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                size = os.fstat(handle).st_size
+                torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+                os.write(handle, (b"\n" if torn else b"") + line)
+            finally:
+                os.close(handle)
+
+    def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        return pyarrow.fs.LocalFileSystem(), str(self.root)
+
+    @contextlib.contextmanager
+    def _aside(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
+        target = self.root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.parent / f".{target.name[:100]}.aside-{os.urandom(10).hex()}"
+        try:
+            with open(aside, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield aside, target
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _refusals(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, FileExistsError) as error:
+            if isinstance(error, FileExistsError) and error.filename2 is None:  # a file where a folder should be
+                raise self._refusal(key, error) from error
+            raise
+        except IsADirectoryError as error:
+            raise FileNotFoundError(f"{self.root / key} is a folder") from error
+        except OSError as error:
+            raise self._refusal(key, error) from error
+
+    def _refusal(self, key: str, error: OSError) -> StudyError:
+        return StudyError(
+            f"the folder cannot be used: {error.strerror or error}",
+            where=str(self.root / key),
+            remedy="give a folder that this user may read and write, with free space, as --storage",
+        )
+
+
+class S3Bucket:
+    """A bucket and a prefix; endpoint, region and credentials come from the environment (AWS_*)."""
+
+    def __init__(self, bucket: str, prefix: str, retry_seconds: float) -> None:
+        self.bucket, self.prefix, self.retry_seconds = bucket, prefix, retry_seconds
+        self.endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        self.region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        if self.endpoint and not os.environ.get("AWS_ACCESS_KEY_ID"):
+            raise StudyError(
+                "there are no credentials for the object storage",
+                where=self._uri(""),
+                remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment of raystudy and of Ray",
+            )
+        options: dict[str, object] = {"region": self.region}
+        if self.endpoint:
+            options["endpoint"] = self.endpoint
+        self.store = S3Store(
+            bucket,
+            config=options,  # pyright: ignore[reportArgumentType]
+            client_options={
+                "allow_http": (self.endpoint or "").startswith("http://"),
+                "connect_timeout": "5s",
+                "read_timeout": "60s",
+                "timeout": "900s",
+            },
+            retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
+        )
+
+    def read(self, key: str) -> bytes:
+        return self._ask(key, lambda path: bytes(obstore.get(self.store, path).bytes()))
+
+    def write(self, key: str, data: bytes) -> None:
+        self._ask(key, lambda path: self._put(path, data, "overwrite"))
+
+    def create(self, key: str, data: bytes) -> None:
+        tries = 0
+
+        def put(path: str) -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                self._put(path, data, "create")
+            except AlreadyExistsError:
+                # After a lost answer the object may be our own; its content tells.
+                if tries == 1 or bytes(obstore.get(self.store, path).bytes()) != data:
+                    raise
+
+        self._ask(key, put)
+
+    def exists(self, key: str) -> bool:
+        try:
+            self._ask(key, lambda path: obstore.head(self.store, path))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str) -> Iterator[str]:
+        found = self._ask(prefix, lambda path: obstore.list(self.store, path or None).collect())
+        start = len(self.prefix) + 1 if self.prefix else 0
+        return (str(entry["path"])[start:] for entry in found)
+
+    def stamps(self, folder: str) -> dict[str, FileStamp]:
+        found = self._ask(folder, lambda path: obstore.list_with_delimiter(self.store, path or None))["objects"]
+        return {
+            str(entry["path"]).rsplit("/", 1)[-1]: FileStamp(int(entry["size"]), str(entry["e_tag"])) for entry in found
+        }
+
+    def delete(self, key: str) -> None:
+        self._ask(key, lambda path: obstore.delete(self.store, path))
+
+    def delete_tree(self, prefix: str) -> None:
+        keys = [self._path(key) for key in self.list(prefix)]
+        for start in range(0, len(keys), 1000):
+            self._ask(prefix, lambda _, part=keys[start : start + 1000]: obstore.delete(self.store, part))
+
+    def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        options: dict[str, object] = {}
+        if self.endpoint:
+            scheme, _, host = self.endpoint.rstrip("/").rpartition("://")
+            options = {"endpoint_override": host, "scheme": scheme or "https"}
+        file_system = pyarrow.fs.S3FileSystem(region=self.region, connect_timeout=5, request_timeout=120, **options)
+        return file_system, f"{self.bucket}/{self.prefix}".rstrip("/")
+
+    def _path(self, key: str) -> str:
+        return "/".join(part for part in (self.prefix, key) if part)
+
+    def _uri(self, key: str) -> str:
+        return f"s3://{self.bucket}/{self._path(key) if key else self.prefix}".rstrip("/")
+
+    def _put(self, path: str, data: bytes, mode: str) -> None:
+        large = len(data) > SINGLE_PUT_BYTES and mode == "overwrite"
+        obstore.put(self.store, path, data, mode=mode, use_multipart=large)  # pyright: ignore[reportArgumentType]
+
+    def _ask(self, key: str, request: Callable[[str], T]) -> T:
+        """Send one request; repeat it while the server is away, at most ``retry_seconds``."""
+        path, pause, deadline = self._path(key), 0.1, time.monotonic() + self.retry_seconds
+        while True:
+            try:
+                return request(path)
+            except AlreadyExistsError as error:
+                raise FileExistsError(self._uri(key)) from error
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise self._refusal(key, str(error)) from None
+                raise FileNotFoundError(self._uri(key)) from None
+            except BaseError as error:
+                text = str(error)
+                away = not isinstance(error, PermissionDeniedError | UnauthenticatedError) and not re.search(
+                    r"status code: (3|4(?!29|08))|\(code: |InvalidPath|Path", text
+                )
+                if not away or time.monotonic() + pause > deadline:
+                    raise self._refusal(key, text) from error
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+
+    def _refusal(self, key: str, text: str) -> StudyError:
+        server = self.endpoint or "AWS"
+        code = (
+            re.search(r"<Code>(\w+)</Code>|\(code: (\w+)\)", text) or re.search(r"status code: (\d+)", text)
+        ) or None
+        answer = next(group for group in code.groups() if group) if code else ""
+        if answer in {"SignatureDoesNotMatch", "InvalidAccessKeyId", "401", "ExpiredToken", "InvalidToken"}:
+            what = f"the object storage refuses the credentials ({answer})"
+            remedy = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN)"
+        elif answer == "NoSuchBucket":
+            what = f"there is no bucket {self.bucket!r} on {server}"
+            remedy = "create the bucket, or correct its name or AWS_ENDPOINT_URL"
+        elif answer in {"AccessDenied", "403"}:
+            what = f"the object storage denies the access ({answer})"
+            remedy = f"check the secret, and that the key may read and write in the bucket {self.bucket!r}"
+        elif answer:
+            what = f"the object storage refuses the request ({answer})"
+            remedy = "check the bucket's name, AWS_REGION and AWS_ENDPOINT_URL"
+        else:
+            what = f"no answer from {server} within {self.retry_seconds:.0f} s"
+            remedy = "start the server or correct AWS_ENDPOINT_URL; nothing is lost, run the same command again"
+        return StudyError(what, where=self._uri(key), remedy=remedy)
+
+
+class ArrowFolder:
+    """Any other file system that pyarrow opens by URI (gs://, abfs://, hdfs://).  No exclusive creation."""
+
+    def __init__(self, file_system: pyarrow.fs.FileSystem, root: str, uri: str) -> None:
+        self.file_system, self.root, self.uri = file_system, root.rstrip("/"), uri
+
+    def read(self, key: str) -> bytes:
+        with self._refusals(key), self.file_system.open_input_stream(self._path(key)) as file:
+            return file.read()
+
+    def write(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        with self._refusals(key):
+            self.file_system.create_dir(path.rsplit("/", 1)[0], recursive=True)
+            with self.file_system.open_output_stream(path) as file:
+                file.write(data)
+
+    def create(self, key: str, data: bytes) -> None:
+        raise StudyError(
+            "this storage has no exclusive creation, which a study's lock needs",
+            where=f"{self.uri}/{key}",
+            remedy="keep studies on a local folder or s3://; originals may stay where they are",
+        )
+
+    def exists(self, key: str) -> bool:
+        with self._refusals(key):
+            return self.file_system.get_file_info(self._path(key)).type == pyarrow.fs.FileType.File
+
+    def list(self, prefix: str) -> Iterator[str]:
+        found = self._infos(prefix, recursive=True)
+        return (info.path[len(self.root) :].lstrip("/") for info in found)
+
+    def stamps(self, folder: str) -> dict[str, FileStamp]:
+        return {
+            info.base_name: FileStamp(info.size, str(info.mtime_ns)) for info in self._infos(folder, recursive=False)
+        }
+
+    def delete(self, key: str) -> None:
+        with self._refusals(key), contextlib.suppress(FileNotFoundError):
+            self.file_system.delete_file(self._path(key))
+
+    def delete_tree(self, prefix: str) -> None:
+        with self._refusals(prefix), contextlib.suppress(FileNotFoundError):
+            self.file_system.delete_dir(self._path(prefix))
+
+    def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        return self.file_system, self.root
+
+    def _infos(self, prefix: str, *, recursive: bool) -> list[pyarrow.fs.FileInfo]:
+        selector = pyarrow.fs.FileSelector(self._path(prefix), allow_not_found=True, recursive=recursive)
+        with self._refusals(prefix):
+            return [info for info in self.file_system.get_file_info(selector) if info.is_file]
+
+    def _path(self, key: str) -> str:
+        return "/".join(part for part in (self.root, key) if part)
+
+    @contextlib.contextmanager
+    def _refusals(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StudyError(
+                f"the storage does not answer as it should: {str(error)[:300]}",
+                where=f"{self.uri}/{key}",
+                remedy="check the address and the credentials in the environment",
+            ) from error

@@ -1,0 +1,221 @@
+"""The study directory and every other place that holds files: a local path, ``s3://…``, or a pyarrow.fs URI.
+
+A ``Storage`` is an address (it can be pickled, forked and compared); the connection behind it is opened on first use in
+each process.  Paths are relative, with forward slashes, and may not leave the root.  Whole files appear at once or not
+at all; a missing file is a ``FileNotFoundError``, everything else that goes wrong is a ``StudyError`` with its remedy.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from raystudy.errors import StudyError
+from raystudy.object_stores import ArrowFolder, Backend, FileStamp, LocalFolder, S3Bucket
+
+RETRY_SECONDS = 60.0
+EVENT_READERS = 16  # concurrent requests when events are read from object storage
+
+_AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION")
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A root address and what can be done below it.
+
+    Parameters
+    ----------
+    uri : normalised by ``open_storage``: an absolute local path, ``s3://bucket/prefix`` or another pyarrow.fs URI.
+    retry_seconds : how long a request waits for a server that is away before it gives up.
+    """
+
+    uri: str
+    retry_seconds: float = RETRY_SECONDS
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.uri
+
+    def child(self, *parts: str) -> Storage:
+        """Return the storage of a folder below this one."""
+        return Storage("/".join([self.uri.rstrip("/"), *(_checked(part) for part in parts)]), self.retry_seconds)
+
+    def address(self, path: str = "") -> str:
+        """Return the full address of a file, for messages."""
+        return f"{self.uri.rstrip('/')}/{path}" if path else self.uri
+
+    def read_bytes(self, path: str) -> bytes:
+        return self._backend.read(_checked(path))
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write a whole file: it is seen complete or not at all, also after a crash."""
+        self._backend.write(_checked(path), data)
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        """Write a file unless it is there; of several callers exactly one gets True."""
+        try:
+            self._backend.create(_checked(path), data)
+        except FileExistsError:
+            return False
+        return True
+
+    def exists(self, path: str) -> bool:
+        """True for a file; a folder does not exist."""
+        return self._backend.exists(_checked(path))
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Return the paths of all files in the folder ``prefix`` and below, relative to this storage, sorted."""
+        return sorted(self._backend.list(_checked(prefix) if prefix else ""))
+
+    def stamps(self, folder: str = "") -> dict[str, FileStamp]:
+        """Return size and version of each file directly in ``folder``; empty when there is no such folder."""
+        return self._backend.stamps(_checked(folder) if folder else "")
+
+    def delete(self, path: str) -> None:
+        """Delete a file; one that is not there is no error."""
+        self._backend.delete(_checked(path))
+
+    def delete_tree(self, path: str = "") -> None:
+        """Delete a folder with everything in it; one that is not there is no error."""
+        self._backend.delete_tree(_checked(path) if path else "")
+
+    def read_json(self, path: str) -> Any:
+        return json.loads(self.read_bytes(path))
+
+    def write_json(self, path: str, value: object) -> None:
+        """Write JSON with sorted keys, so that equal values are equal bytes."""
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        self.write_bytes(path, (text + "\n").encode())
+
+    def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self.read_bytes(path)), columns=columns)
+
+    def write_table(self, path: str, table: pa.Table) -> None:
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(path, sink.getvalue())
+
+    def append_event(self, path: str, event: Mapping[str, object]) -> None:
+        """Append one event: a JSON line of a local file, the next numbered object on object storage."""
+        line = json.dumps(event, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        backend = self._backend
+        if isinstance(backend, LocalFolder):
+            backend.append(_checked(path), line)
+            return
+        number = _last_event.get((self.uri, path)) or max(_numbers(self.list(path)), default=0)
+        while not self.create_exclusive(f"{path}/{number + 1:08d}.json", line):
+            number += 1
+        _last_event[self.uri, path] = number + 1
+
+    def read_events(self, path: str, start: int = 0) -> list[dict[str, Any]]:
+        """Return the events from number ``start`` on; a line that a crash cut off is left out."""
+        if isinstance(self._backend, LocalFolder):
+            if not self.exists(path):
+                return []
+            lines = self.read_bytes(path).split(b"\n")[:-1]  # what follows the last newline is torn
+            return [event for event in map(_parsed, lines) if event is not None][start:]
+        keys = [f"{path}/{number:08d}.json" for number in sorted(_numbers(self.list(path)))[start:]]
+        with ThreadPoolExecutor(EVENT_READERS) as pool:
+            return [event for event in map(_parsed, pool.map(self.read_bytes, keys)) if event is not None]
+
+    def check_writable(self) -> None:
+        """Write, read and delete a small file, so that a storage that cannot be used is refused at the start."""
+        quick = Storage(self.uri, min(self.retry_seconds, 10.0))
+        probe = f".raystudy-probe-{os.getpid()}-{os.urandom(4).hex()}"
+        quick.write_bytes(probe, b"probe")
+        quick.read_bytes(probe)
+        quick.delete(probe)
+
+    def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """Return pyarrow's file system and the root's path in it."""
+        return self._backend.filesystem()
+
+    @property
+    def _backend(self) -> Backend:
+        environment = tuple(os.environ.get(name) for name in (*_AWS, *_ENDPOINTS)) if not self.is_local else ()
+        return _connect(self.uri, self.retry_seconds, os.getpid(), environment)
+
+
+def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float = RETRY_SECONDS) -> Storage:
+    """Return the storage of a local path (relative ones from the current folder), ``s3://…`` or a pyarrow.fs URI.
+
+    Raises
+    ------
+    StudyError : an address that cannot be understood, or one that carries credentials.
+    """
+    text = os.fspath(uri)
+    if not text or "\0" in text:
+        raise StudyError("the storage address is empty", remedy="a path or s3://bucket/prefix")
+    if "://" not in text:
+        return Storage(str(Path(text).expanduser().absolute()), retry_seconds)
+    parts = urlsplit(text)
+    if parts.username or parts.password or parts.query:
+        raise StudyError(
+            "a storage address may hold no credentials and no options",
+            where=f"{parts.scheme}://…@{parts.hostname}{parts.path}",
+            remedy="give them in the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
+        )
+    if parts.scheme == "file":
+        return Storage(str(Path(unquote(parts.path)).absolute()), retry_seconds)
+    if parts.scheme == "s3" and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", parts.netloc):
+        raise StudyError(f"{parts.netloc!r} is not a bucket's name", where=text, remedy="s3://bucket/prefix")
+    return Storage(text.rstrip("/"), retry_seconds)
+
+
+_last_event: dict[
+    tuple[str, str], int
+] = {}  # where this process wrote last; only a first guess, another writer may be ahead
+
+
+@lru_cache(maxsize=64)
+def _connect(uri: str, retry_seconds: float, pid: int, environment: tuple[str | None, ...]) -> Backend:
+    # pid and environment are in the key: a forked child and a changed credential get their own connection.
+    if "://" not in uri:
+        return LocalFolder(Path(uri))
+    scheme, _, rest = uri.partition("://")
+    if scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        return S3Bucket(bucket, prefix.strip("/"), retry_seconds)
+    try:
+        file_system, root = pyarrow.fs.FileSystem.from_uri(uri)
+    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise StudyError(
+            f"this kind of storage cannot be opened: {str(error)[:200]}",
+            where=uri,
+            remedy="a path or s3://bucket/prefix",
+        ) from error
+    return ArrowFolder(file_system, root, uri)
+
+
+def _checked(path: str) -> str:
+    parts = path.split("/")
+    if "\0" in path or "\\" in path or any(part in {"", ".", ".."} for part in parts):
+        raise ValueError(f"a path must be relative, with forward slashes, below its root: {path!r}")
+    return path
+
+
+def _numbers(keys: list[str]) -> list[int]:
+    found = (re.search(r"/(\d{8})\.json$", key) for key in keys)
+    return [int(match.group(1)) for match in found if match]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
