@@ -1,0 +1,1 @@
+"""The verdict: accuracy, AD/AI, source reliance, and their intervals."""

@@ -1,0 +1,150 @@
+"""Source reliance: does the classifier follow the disease or the hospital?
+
+SRI = (accuracy on Test-100H1 - accuracy on Test-100H2) / 100: +1 where every film of H1 is called positive and every
+film of H2 negative whatever the disease, -1 the other way round, 0 where both sets fare alike.
+Skill = (accuracy on Test-100H1 + accuracy on Test-100H2) / 100 - 1: 1 for perfect, 0 for chance or pure source
+following.  The slope is the least-squares slope of SRI over the mixture x, per 100 % of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from raystudy.evaluate.arm import Arm, common_seeds
+from raystudy.evaluate.intervals import Interval, Share, combination_interval
+
+FIRST, SECOND = "Test-100H1", "Test-100H2"
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """Source reliance and skill at one mixture."""
+
+    h1_share: int
+    seeds: tuple[int, ...]
+    source_reliance: Interval
+    skill: Interval
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a page may say in one sentence, and what it rests on.
+
+    follows : ``hospital`` (the slope's interval lies above 0), ``inverse`` (below 0), ``neither shown`` (0 inside) or
+    ``unknown`` (fewer than two mixtures).  below, above : the mixtures nearest to 50 on either side from which on
+    outwards the interval of SRI excludes 0; None where there is none.
+    """
+
+    task: str
+    follows: str
+    slope: Interval | None
+    below: Reliance | None
+    above: Reliance | None
+    first: Reliance | None
+    last: Reliance | None
+    sentence: str
+
+
+def reliance(arm: Arm) -> list[Reliance]:
+    """Return SRI and skill of every mixture with both tests, ascending in x."""
+    found: list[Reliance] = []
+    for x in arm.mixtures:
+        pair = _pair(arm, x)
+        if pair is None:
+            continue
+        bounds = (-1.0, 1.0)
+        found.append(
+            Reliance(
+                x,
+                pair[0].seeds,
+                combination_interval(pair, (1.0, -1.0), bounds=bounds),
+                combination_interval(pair, (1.0, 1.0), offset=-1.0, bounds=bounds),
+            )
+        )
+    return found
+
+
+def slope(arm: Arm) -> Interval | None:
+    """Return the slope of SRI per 100 % of x with its interval, from the seeds that every mixture has.
+
+    None for fewer than two mixtures or no common seed.
+    """
+    pairs = {x: pair for x in arm.mixtures if (pair := _pair(arm, x)) is not None}
+    if len(pairs) < 2:
+        return None
+    shares = [s for pair in pairs.values() for s in pair]
+    seeds = common_seeds(shares)
+    if not seeds:
+        return None
+    x = np.array(list(pairs), dtype=np.float64) / 100
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    coefficients = [sign * w for w in weights for sign in (1.0, -1.0)]
+    return combination_interval([s.of(seeds) for s in shares], coefficients)
+
+
+def threshold(values: list[Reliance]) -> tuple[Reliance | None, Reliance | None]:
+    """Return the mixtures nearest to 50, below and above, from which on outwards SRI's interval excludes 0."""
+    below = _outermost_run([r for r in values if r.h1_share < 50])
+    above = _outermost_run([r for r in values if r.h1_share > 50][::-1])
+    return below, above
+
+
+def verdict(arm: Arm, task: str) -> Verdict:
+    """Say in one sentence whether the classifier of ``task`` follows the hospital.
+
+    Parameters
+    ----------
+    task : name of the positive class or task, as the sentence shall call it.
+    """
+    values = reliance(arm)
+    line = slope(arm)
+    below, above = threshold(values)
+    first, last = (values[0], values[-1]) if values else (None, None)
+    if line is None or first is None or last is None:
+        sentence = f"Too few mixtures of {task} are finished to say whether its classifier follows the hospital."
+        return Verdict(task, "unknown", line, below, above, first, last, sentence)
+    per = f"source reliance changes by {_interval(line)} from 0 % to 100 %"
+    note = f", {line.label}" if line.seeds == 1 else ""
+    if not line.excludes(0.0):
+        sentence = f"No dependence of the {task} classifier on the hospital is shown: {per}{note}."
+        return Verdict(task, "neither shown", line, below, above, first, last, sentence)
+    follows = "hospital" if line.low > 0 else "inverse"
+    verb = "follows the hospital" if follows == "hospital" else "goes against the hospital"
+    nearest = [r for r in (below, above) if r is not None]
+    if nearest:
+        closest = min(nearest, key=lambda r: (abs(r.h1_share - 50), -r.h1_share))
+        already = f"at {mixture_name(closest.h1_share)} its source reliance is {_interval(closest.source_reliance)}"
+    else:
+        already = "at no single mixture does the interval of its source reliance exclude 0"
+    sentence = f"The {task} classifier {verb}: {already}; {per}{note}."
+    return Verdict(task, follows, line, below, above, first, last, sentence)
+
+
+def mixture_name(h1_share: int) -> str:
+    """Return the name of a mixture, xH1-yH2."""
+    return f"{h1_share}H1-{100 - h1_share}H2"
+
+
+def _pair(arm: Arm, x: int) -> tuple[Share, Share] | None:
+    """Return the accuracies on both one-hospital tests for their common seeds."""
+    one, two = arm.shares(FIRST, x), arm.shares(SECOND, x)
+    if one is None or two is None:
+        return None
+    seeds = common_seeds((one, two))
+    return (one.of(seeds), two.of(seeds)) if seeds else None
+
+
+def _outermost_run(inwards: list[Reliance]) -> Reliance | None:
+    """Return the last of the leading mixtures (from the outside inwards) whose interval excludes 0."""
+    last = None
+    for value in inwards:
+        if not value.source_reliance.excludes(0.0):
+            break
+        last = value
+    return last
+
+
+def _interval(value: Interval) -> str:
+    return f"{value.estimate:+.2f} (95 % interval {value.low:+.2f} to {value.high:+.2f})".replace("-", "−")

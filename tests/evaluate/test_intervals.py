@@ -1,0 +1,185 @@
+"""The crossed intervals: exact limiting cases, degenerate shares, and coverage by simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, norm, t
+
+from raystudy.evaluate.intervals import (
+    CONDITIONAL,
+    Interval,
+    Patients,
+    Share,
+    combination_interval,
+    components,
+    plain_interval,
+    share_interval,
+)
+
+Z = norm.ppf(0.975)
+
+
+def share_of(correct: np.ndarray, weights: np.ndarray) -> Share:
+    """A share from (n, k) correctness, one image a patient, under (B, n) weights."""
+    normed = weights / weights.sum(axis=1, keepdims=True)
+    return Share(tuple(range(correct.shape[1])), correct.mean(axis=0), normed @ correct, len(correct))
+
+
+def weights_of(n: int, resamples: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_exponential((resamples, n))
+
+
+def test_without_patient_variance_the_interval_is_the_t_interval_of_the_seeds() -> None:
+    estimates = np.array([0.2, 0.5, 0.3])
+    interval = plain_interval(estimates, np.tile(estimates, (50, 1)))
+    half = t.ppf(0.975, 2) * np.std(estimates, ddof=1) / np.sqrt(3)  # 4.303 * 0.1528 / 1.732 = 0.3795
+    assert half == pytest.approx(0.3795, abs=1e-4)
+    assert (interval.low, interval.high) == (pytest.approx(1 / 3 - half), pytest.approx(1 / 3 + half))
+    assert interval.seeds == 3
+
+
+def test_without_seed_variance_the_interval_is_that_of_the_patients() -> None:
+    column = weights_of(100, 4000) @ np.linspace(0, 1, 100) / 100
+    interval = plain_interval(np.full(4, column.mean()), np.tile(column[:, None], 4))
+    assert interval.high - interval.estimate == pytest.approx(Z * column.std())
+
+
+def test_components_of_a_two_way_layout_are_recovered() -> None:
+    rng = np.random.default_rng(1)
+    n, k, a, b, e = 300, 40, 0.5, 2.0, 1.5
+    y = rng.normal(0, a**0.5, k) + rng.normal(0, b**0.5, (n, 1)) + rng.normal(0, e**0.5, (n, k))
+    weights = weights_of(n, 4000)
+    found = components(y.mean(axis=0), weights @ y / weights.sum(axis=1, keepdims=True))
+    # V = B/n + E/(kn), I = E/(kn), S = A/k + E/(kn)
+    assert found.interaction == pytest.approx(e / (k * n), rel=0.15)
+    assert found.patients == pytest.approx(b / n + e / (k * n), rel=0.2)
+    assert found.seeds == pytest.approx(a / k + e / (k * n), rel=0.3)
+
+
+def test_one_seed_is_labelled_conditional_and_several_are_not() -> None:
+    weights = weights_of(50, 200)
+    correct = (np.arange(50) % 3 > 0).astype(float)[:, None]
+    assert share_interval(share_of(correct, weights)).label == CONDITIONAL
+    assert share_interval(share_of(np.tile(correct, 2), weights)).label != CONDITIONAL
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("k", [1, 5])
+def test_a_share_without_any_variation_gets_wilsons_interval_and_not_width_zero(value: float, k: int) -> None:
+    interval = share_interval(share_of(np.full((145, k), value), weights_of(145, 300)))
+    wilson = binomtest(int(145 * value), 145).proportion_ci(method="wilson")
+    assert (interval.low, interval.high) == (pytest.approx(wilson.low), pytest.approx(wilson.high))
+    assert interval.high - interval.low > 0.02
+
+
+@pytest.mark.parametrize("correct", [3, 30, 60, 97])
+def test_one_seed_of_independent_patients_gets_nearly_wilsons_interval(correct: int) -> None:
+    hits = (np.arange(100) < correct).astype(float)[:, None]
+    interval = share_interval(share_of(hits, weights_of(100, 8000)))
+    wilson = binomtest(correct, 100).proportion_ci(method="wilson")
+    assert interval.low == pytest.approx(wilson.low, abs=0.006)
+    assert interval.high == pytest.approx(wilson.high, abs=0.006)
+
+
+def test_one_wrong_answer_never_narrows_a_perfect_cell() -> None:
+    weights = weights_of(145, 300)
+    perfect = np.ones((145, 5))
+    blemished = perfect.copy()
+    blemished[7, 2] = 0
+    widths = [i.high - i.low for i in (share_interval(share_of(c, weights)) for c in (perfect, blemished))]
+    assert widths[1] > widths[0]
+
+
+def test_ten_films_of_one_patient_count_as_one_patient() -> None:
+    patients = Patients([f"p{i}" for i in range(40)], 0, 3000)
+    ids = [f"p{i}" for i in range(40) for _ in range(10)]
+    hit = np.repeat(np.arange(40) % 2, 10).astype(float)
+    weights, n, _ = patients.image_weights(ids, ["all"] * 400)
+    interval = share_interval(Share((0,), np.array([0.5]), (weights @ hit / 400)[:, None], n))
+    wilson = binomtest(20, 40).proportion_ci(method="wilson")
+    assert interval.high - interval.low == pytest.approx(wilson.high - wilson.low, rel=0.06)
+
+
+def test_differences_are_paired_by_patient() -> None:
+    weights = weights_of(200, 2000)
+    hits = (np.random.default_rng(0).random((200, 1)) < 0.7).astype(float)
+    other = hits.copy()
+    other[:4] = 1 - other[:4]
+    pair = (share_of(hits, weights), share_of(other, weights))
+    paired = combination_interval(pair, (1.0, -1.0))
+    assert paired.high - paired.low < 0.06  # unpaired: 2 * 1.96 * sqrt(2 * 0.21 / 200) = 0.18
+
+
+def test_a_combination_of_shares_with_different_seeds_is_refused() -> None:
+    weights = weights_of(20, 50)
+    one, two = share_of(np.ones((20, 1)), weights), share_of(np.ones((20, 2)), weights)
+    with pytest.raises(ValueError, match="same seeds"):
+        combination_interval((one, two), (1.0, -1.0))
+
+
+def test_strata_of_fixed_size_carry_no_variance_between_them() -> None:
+    ids = [f"p{i}" for i in range(100)]
+    strata = ["H1+"] * 50 + ["H2-"] * 50
+    weights, n, n_strata = Patients(ids, 0, 500).image_weights(ids, strata)
+    assert weights[:, :50].sum(axis=1) == pytest.approx(50)
+    hit = np.repeat([1.0, 0.0], 50)
+    assert (weights @ hit / 100).std() < 1e-12
+    assert (n, n_strata) == (100, 2)
+    interval = share_interval(Share((0,), np.array([0.5]), (weights @ hit / 100)[:, None], n, n_strata))
+    assert 0.01 < interval.high - interval.low < 0.05
+
+
+def test_resamples_depend_on_the_set_of_patients_only() -> None:
+    one, two = Patients(["b", "a", "a"], 5, 10), Patients(["a", "b"], 5, 10)
+    assert np.array_equal(one.weights, two.weights)
+    assert not np.array_equal(one.weights, Patients(["a", "b"], 6, 10).weights)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_intervals_hold_their_estimate_and_stay_within_bounds(seed: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    correct = (rng.random((30, k)) < rng.random()).astype(float)
+    interval = share_interval(share_of(correct, weights_of(30, 100)))
+    assert 0 <= interval.low <= interval.estimate <= interval.high <= 1
+    assert interval.high > interval.low
+
+
+def coverage(a: float, b: float, e: float, k: int) -> float:
+    """Share of 95 % intervals that hold the true accuracy, over draws of both training runs and patients."""
+    rng, n, mean = np.random.default_rng(20_221), 150, 0.6
+    truth = norm.cdf(mean / np.sqrt(a + b + e))
+    hits = 0
+    for _ in range(500):
+        latent = rng.normal(0, a**0.5, k) + rng.normal(0, b**0.5, (n, 1)) + rng.normal(0, e**0.5, (n, k))
+        share = share_of((mean + latent > 0).astype(float), rng.standard_exponential((250, n)))
+        interval = share_interval(share)
+        hits += interval.low <= truth <= interval.high
+    return hits / 500
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "e", "k"),
+    [
+        (0.0, 1.0, 1.0, 5),  # training runs differ by nothing but noise
+        (0.05, 1.0, 0.3, 5),
+        (0.05, 1.0, 0.3, 3),
+        (0.15, 0.2, 1.0, 5),  # runs matter more than patients
+        (0.0, 1.0, 0.001, 1),  # one run without variance of its own
+    ],
+)
+def test_nominal_coverage_is_reached_in_a_two_way_random_effects_simulation(
+    a: float, b: float, e: float, k: int
+) -> None:
+    # 500 repetitions: standard error 1 %; Cochran's combination is conservative where the seeds' part is small.
+    assert 0.925 <= coverage(a, b, e, k) <= 0.995
+
+
+def test_interval_excludes_values_outside_only() -> None:
+    interval = Interval(0.3, 0.1, 0.5, 2)
+    assert interval.excludes(0.0)
+    assert interval.excludes(0.6)
+    assert not interval.excludes(0.1)
