@@ -1,0 +1,68 @@
+"""What an experiment file may say about a synthetic hospital (`kind: phantom`).
+
+A phantom hospital is planted truth: every film's disease signs and burned-in text are drawn from a named stream, so
+that masks of both can be had for any image id.  Two sources with different looks are two hospitals that can be told
+apart; with the same look, or with ``tag_visibility``, ``collimation`` and ``gain`` at 0, nothing tells them apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SIGNS = ("Pneumonia", "Effusion", "Cardiomegaly", "Nodule", "Consolidation")
+NO_FINDING = "No Finding"
+LOOKS = ("north", "south")
+
+
+@dataclass(frozen=True)
+class PhantomSettings:
+    """One synthetic hospital.
+
+    ``look`` is the house style: the wording and the usual places of its text tag, its collimator and its gain curve.
+    Strengths are factors of the usual strength: 0 takes the thing away.  ``sign_strength`` scales the opacity (and
+    the heart's extra width) of disease signs; ``tag_visibility`` the brightness of the burned-in text.  ``tag_share``
+    of the films carry a tag; ``tag_association`` is the share among films with ``tag_finding`` minus the share among
+    the others, so that 0 means that the tag says nothing about the disease within the hospital.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, never changed)
+
+    look: Literal["north", "south"] = "north"
+    patients: int = 600
+    films_per_patient: int = 3  # a patient has 1 to so many films
+    size: int = 192  # pixels a side of the originals
+    seed: int = 0
+    pneumonia_share: float = 0.34  # of the patients
+    healthy_share: float = 0.33  # the rest has another pathology
+    sign_strength: float = 1.0
+    tag_visibility: float = 1.0
+    tag_share: float = 1.0
+    tag_association: float = 0.0
+    tag_finding: Literal["Pneumonia", "Effusion", "Cardiomegaly", "Nodule", "Consolidation", "No Finding"] = "Pneumonia"
+    collimation: float = 1.0
+    gain: float = 1.0
+    noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        low, high = self.tag_share - self.tag_association / 2, self.tag_share + self.tag_association / 2
+        checks = {
+            f"look must be one of {', '.join(LOOKS)}": self.look in LOOKS,
+            f"tag_finding must be one of {', '.join((*SIGNS, NO_FINDING))}": self.tag_finding in (*SIGNS, NO_FINDING),
+            "patients must lie in 1..99999": 1 <= self.patients <= 99_999,
+            "films_per_patient must lie in 1..99": 1 <= self.films_per_patient <= 99,
+            "size must lie in 64..2048 pixels": 64 <= self.size <= 2048,
+            "seed must not be negative": self.seed >= 0,
+            "pneumonia_share and healthy_share must not be negative and add up to at most 1": self.pneumonia_share >= 0
+            and self.healthy_share >= 0
+            and self.pneumonia_share + self.healthy_share <= 1,
+            "sign_strength must lie in 0..3": 0 <= self.sign_strength <= 3,
+            "tag_visibility must lie in 0..1": 0 <= self.tag_visibility <= 1,
+            "tag_share ± tag_association / 2 must lie in 0..1": 0 <= min(low, high) and max(low, high) <= 1,
+            "collimation must lie in 0..2": 0 <= self.collimation <= 2,
+            "gain must lie in 0..2": 0 <= self.gain <= 2,
+            "noise must lie in 0..5": 0 <= self.noise <= 5,
+        }
+        for rule, ok in checks.items():
+            if not ok:
+                raise ValueError(rule)
