@@ -1,0 +1,203 @@
+"""Original films to the image store, with Ray Data (the one module of this room that imports Ray).
+
+The driver lists the originals, finds by fingerprint which of them the store already holds, and cuts the rest into
+blocks.  Each Ray Data task takes a few blocks: a small pool of threads fetches ahead while the task decodes, and every
+finished block is written at once.  No pixel travels through Ray.  A prepare that was killed goes on with the blocks
+that are there; each worker repeats at most the block it was in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import pyarrow as pa
+import ray
+import ray.data
+
+from raystudy.images.decode import Unreadable, decode_film
+from raystudy.images.originals import LARGEST_FILE, fingerprints, locate, read_original
+from raystudy.images.settings import ImageSettings
+from raystudy.images.store import (
+    FOLDER,
+    Film,
+    pixels_key,
+    read_catalog,
+    study_key,
+    write_block,
+    write_catalog,
+)
+from raystudy.storage import Storage
+
+BLOCK_FILMS = 64  # films of one store block: what a kill repeats per worker
+TASK_BLOCKS = 2  # store blocks of one Ray task
+FETCHERS = 4  # threads that fetch ahead in one task
+AHEAD = 8  # films fetched ahead in one task; bounds its memory
+
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What prepare did.
+
+    Parameters
+    ----------
+    key : names the study's films for ``load_pixels``.
+    quarantine : image_id, uri, reason of every film that cannot be used; the caller fails or drops them.
+    n_new, n_reused : films decoded now, and found in the store.
+    seconds : wall time.
+    """
+
+    key: str
+    quarantine: pd.DataFrame
+    n_new: int
+    n_reused: int
+    seconds: float
+
+
+def no_progress(done: int, total: int, images_per_second: float) -> None:
+    """Report nothing."""
+
+
+def prepare_images(
+    table: pd.DataFrame, settings: ImageSettings, storage: Storage, progress: Progress = no_progress
+) -> Prepared:
+    """Decode the films of a canonical table into the image store.
+
+    Parameters
+    ----------
+    table : columns image_id and uri; one row an image.
+    settings : what decides about pixels; ``unreadable`` is the caller's business.
+    storage : root of the studies.
+    progress : called with (films done, films to do, films per second) after every block.
+
+    Raises
+    ------
+    StudyError : a storage that cannot be reached or written.
+    """
+    started = time.monotonic()
+    films, quarantine = _admitted(table)
+    pixels = pixels_key(settings)
+    catalog, loose = read_catalog(storage, pixels)
+    held = set(catalog["fingerprint"])
+    todo = films[~films["fingerprint"].isin(held)].drop_duplicates("fingerprint").sort_values("uri")
+    written = _decode_all(todo, settings, storage, pixels, progress)
+    if loose or written:
+        catalog, _ = read_catalog(storage, pixels)
+        write_catalog(storage, pixels, catalog)
+
+    placed = films.merge(catalog, on="fingerprint", how="left", validate="many_to_one")
+    placed.loc[placed["block"].isna(), "reason"] = "missing"  # vanished after it was listed
+    unread = placed[placed["reason"].notna()]
+    quarantine = pd.concat([quarantine, unread[["image_id", "uri", "reason"]]], ignore_index=True)
+    originals = [*zip(films["image_id"], films["fingerprint"], strict=True), *_unread_originals(quarantine)]
+    key = study_key(settings, originals)
+    index = placed[placed["reason"].isna()][["image_id", "block", "row", "sha256"]]
+    storage.write_table(f"{FOLDER}/{key}/quarantine.parquet", pa.Table.from_pandas(quarantine, preserve_index=False))
+    storage.write_table(f"{FOLDER}/{key}/index.parquet", pa.Table.from_pandas(index, preserve_index=False))
+    return Prepared(key, quarantine, len(todo), len(films) - len(todo), time.monotonic() - started)
+
+
+def _admitted(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split the table into films that exist (image_id, uri, fingerprint) and the first quarantine."""
+    rows = table[["image_id", "uri"]].astype(str)
+    found = fingerprints(rows["uri"])
+    reasons = [
+        "missing" if uri not in found else f"too large: {found[uri][1]} bytes" if found[uri][1] > LARGEST_FILE else None
+        for uri in rows["uri"]
+    ]
+    rows = rows.assign(
+        fingerprint=[found.get(uri, ("", 0))[0] for uri in rows["uri"]], reason=pd.Series(reasons, rows.index, object)
+    )
+    twice = rows["image_id"].duplicated(keep=False)
+    rows.loc[twice, "reason"] = "duplicated id"
+    bad = rows["reason"].notna()
+    return rows[~bad][["image_id", "uri", "fingerprint"]], rows[bad][["image_id", "uri", "reason"]]
+
+
+def _unread_originals(quarantine: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    return zip(quarantine["image_id"], quarantine["reason"], strict=True)
+
+
+def _decode_all(todo: pd.DataFrame, settings: ImageSettings, storage: Storage, pixels: str, progress: Progress) -> int:
+    """Decode the films that the store lacks; return the number of blocks written."""
+    if todo.empty:
+        return 0
+    _quiet()
+    per_task = BLOCK_FILMS * TASK_BLOCKS
+    parts = [
+        pa.Table.from_pandas(todo.iloc[start : start + per_task][["uri", "fingerprint"]], preserve_index=False)
+        for start in range(0, len(todo), per_task)
+    ]
+    dataset = ray.data.from_arrow(parts).map_batches(
+        partial(decode_batch, settings=settings, storage=storage, pixels=pixels),
+        batch_size=None,
+        batch_format="pyarrow",
+    )
+    done, blocks, started = 0, 0, time.monotonic()
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        counts = pa.table(batch)["films"].to_pylist()
+        done, blocks = done + sum(counts), blocks + len(counts)
+        progress(done, len(todo), done / max(time.monotonic() - started, 1e-9))
+    return blocks
+
+
+def decode_batch(batch: pa.Table, settings: ImageSettings, storage: Storage, pixels: str) -> pa.Table:
+    """Decode one task's films and write their blocks; return the number of films of each block."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # this process is Ray's worker; oddities become reasons
+    uris, marks = batch["uri"].to_pylist(), batch["fingerprint"].to_pylist()
+    originals, counts = _fetched(uris), []
+    for start in range(0, len(uris), BLOCK_FILMS):
+        part = slice(start, start + BLOCK_FILMS)
+        fetched = zip(uris[part], marks[part], originals, strict=False)  # originals goes on in the next block
+        films = [_film(uri, mark, data, settings) for uri, mark, data in fetched if data is not None]
+        if films:
+            block = hashlib.sha256("\n".join(film.fingerprint for film in films).encode()).hexdigest()[:20]
+            write_block(storage, pixels, block, films, settings.size)
+        counts.append(len(uris[part]))
+    return pa.table({"films": counts})
+
+
+def _film(uri: str, fingerprint: str, original: bytes, settings: ImageSettings) -> Film:
+    digest = hashlib.sha256(original).hexdigest()
+    try:
+        return Film(fingerprint, digest, decode_film(original, locate(uri)[2], settings), None)
+    except Unreadable as error:
+        return Film(fingerprint, digest, None, error.reason)
+
+
+def _fetched(uris: Iterable[str]) -> Iterator[bytes | None]:
+    """Fetch originals in order, a bounded number ahead; None for one that has vanished since it was listed."""
+    waiting: deque[Future[bytes | None]] = deque()
+    with ThreadPoolExecutor(FETCHERS) as pool:
+        for uri in uris:
+            waiting.append(pool.submit(_fetch, uri))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _fetch(uri: str) -> bytes | None:
+    try:
+        return read_original(uri)
+    except FileNotFoundError:
+        return None
+
+
+def _quiet() -> None:
+    """Ray Data's own bars and start-up lines would tear the study's progress display."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray Data warns of its own defaults
+        context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
