@@ -1,0 +1,198 @@
+"""Reading a study directory: which trials there are, what state each is in, what came out.
+
+The study directory is the truth (DESIGN.md rule 1).  Status, report and the MLflow mirror all read it through this
+module; nothing here needs Ray, MLflow or torch.  Layout::
+
+    experiment.yaml  plan.json  lock.json  cohorts/…  trials/<trial_id>/…  report/…
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raystudy.errors import StudyError
+from raystudy.storage import Storage, open_storage
+
+State = Literal["waiting", "running", "interrupted", "failed", "diverged", "finished"]
+STATES: tuple[State, ...] = ("waiting", "running", "interrupted", "failed", "diverged", "finished")
+FORMAT_VERSION = 1  # of the study directory; raised when an older raystudy could no longer read it
+HEARTBEAT_SECONDS = 60  # a driver that has not touched its lock for so long is taken for dead by `status`
+
+
+@dataclass(frozen=True)
+class TrialStatus:
+    """Where one trial stands, from its files alone."""
+
+    trial_id: str
+    state: State
+    stage: str = ""
+    epoch: int = 0
+    epochs: int = 0
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+    val_accuracy: float | None = None
+    message: str = ""
+    explained: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """All trials of a study; ``driver`` is the lock's record when a driver is alive."""
+
+    study: str
+    uri: str
+    trials: tuple[TrialStatus, ...]
+    driver: dict[str, Any] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class Study:
+    """A study directory on local or object storage."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    @classmethod
+    def at(cls, storage_uri: str, name: str) -> Study:
+        """Return the study `name` below the storage URI; it need not exist yet."""
+        return cls(open_storage(storage_uri).child(name))
+
+    @property
+    def name(self) -> str:
+        return self.storage.uri.rstrip("/").rsplit("/", 1)[-1]
+
+    def require(self) -> Study:
+        """Return self, or refuse: no such study, or one written by a newer raystudy."""
+        try:
+            plan = self.plan()
+        except FileNotFoundError:
+            raise StudyError(
+                "there is no study here", where=self.storage.uri, remedy="start it with `raystudy run EXPERIMENT`"
+            ) from None
+        if int(plan.get("format", 1)) > FORMAT_VERSION:
+            raise StudyError(
+                f"this study was written by a newer raystudy (format {plan['format']}, known {FORMAT_VERSION})",
+                where=self.storage.uri,
+                remedy="install the newer raystudy, or name another study",
+            )
+        return self
+
+    def plan(self) -> dict[str, Any]:
+        """Return plan.json: format, study, tasks, axes and the ids of the trials that the experiment asks for."""
+        return self.storage.read_json("plan.json")
+
+    def trial(self, trial_id: str) -> Storage:
+        """Return the directory of one trial."""
+        return self.storage.child("trials", trial_id)
+
+    def trial_ids(self) -> list[str]:
+        """Return the trials of the current plan, in its order."""
+        return list(self.plan()["trials"])
+
+    def files(self) -> dict[str, set[str]]:
+        """Return the files of every trial directory, by trial id, from one listing."""
+        found: dict[str, set[str]] = {}
+        for path in self.storage.list("trials"):
+            _, trial_id, name = path.split("/", 2)
+            found.setdefault(trial_id, set()).add(name)
+        return found
+
+    def finished(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """Yield (trial_id, spec, result) of every finished trial of the plan, diverged ones included."""
+        files = self.files()
+        ids = [t for t in self.trial_ids() if "result.json" in files.get(t, ())]
+        with ThreadPoolExecutor(16) as pool:
+            specs = pool.map(lambda t: self.trial(t).read_json("spec.json"), ids)
+            results = pool.map(lambda t: self.trial(t).read_json("result.json"), ids)
+            yield from zip(ids, specs, results, strict=True)
+
+    def frame(self, path: str) -> pd.DataFrame:
+        """Read a Parquet file of the study directory."""
+        return self.storage.read_table(path).to_pandas()
+
+    def explanations(self, trial_id: str, job: str, files: dict[str, set[str]] | None = None) -> Storage | None:
+        """Return the directory of the newest finished explanation job of a trial, or None."""
+        names = (files or self.files()).get(trial_id, set())
+        keys = sorted(n.split("/")[1] for n in names if n.startswith(f"explain/{job}-") and n.endswith("/done.json"))
+        wanted = self.plan().get("explain", {}).get(trial_id, {}).get(job)
+        if wanted in keys:
+            return self.trial(trial_id).child("explain", wanted)
+        return self.trial(trial_id).child("explain", keys[-1]) if keys else None
+
+    def driver(self) -> dict[str, Any] | None:
+        """Return the lock's record when a driver holds the study and has been heard of lately."""
+        try:
+            lock = self.storage.read_json("lock.json")
+        except FileNotFoundError:
+            return None
+        return lock if time.time() - float(lock.get("heartbeat", 0)) < HEARTBEAT_SECONDS else None
+
+    def status(self) -> StudyStatus:
+        """Return the state of every trial of the plan."""
+        files, driver = self.files(), self.driver()
+        with ThreadPoolExecutor(16) as pool:
+            trials = tuple(
+                pool.map(lambda t: self._trial_status(t, files.get(t, set()), driver is not None), self.trial_ids())
+            )
+        counts = {state: sum(t.state == state for t in trials) for state in STATES}
+        return StudyStatus(self.name, self.storage.uri, trials, driver, counts)
+
+    def _trial_status(self, trial_id: str, names: set[str], driver_alive: bool) -> TrialStatus:
+        directory = self.trial(trial_id)
+        explained = tuple(
+            sorted(n.split("/")[1] for n in names if n.startswith("explain/") and n.endswith("done.json"))
+        )
+        if "result.json" in names:
+            result = directory.read_json("result.json")
+            if result["status"] == "diverged":
+                return TrialStatus(trial_id, "diverged", message=str(result.get("reason", "loss is not finite")))
+            accuracy = result["selected"]["val_accuracy"]
+            return TrialStatus(trial_id, "finished", "done", val_accuracy=accuracy, explained=explained)
+        if "failed.json" in names:
+            failure = directory.read_json("failed.json")
+            return TrialStatus(trial_id, "failed", message=str(failure.get("error", "")))
+        events = directory.read_events("events") if any(n.split("/")[0] == "events" for n in names) else []
+        if not events:
+            return TrialStatus(trial_id, "waiting")
+        return _running(trial_id, events, driver_alive)
+
+
+def _running(trial_id: str, events: list[dict[str, Any]], driver_alive: bool) -> TrialStatus:
+    def latest(key: str) -> Any:
+        return next((e[key] for e in reversed(events) if e.get(key) is not None), None)
+
+    epoch, epochs = int(latest("epoch") or 0), int(latest("epochs") or 0)
+    state: State = "running" if driver_alive and events[-1]["event"] != "interrupted" else "interrupted"
+    starts = [e for e in events if e["event"] in ("started", "resumed")]
+    left = None
+    if state == "running" and starts and epochs:
+        done = epoch - int(starts[-1].get("epoch") or 0)
+        spent = float(events[-1]["time"]) - float(starts[-1]["time"])
+        left = spent / done * (epochs - epoch) if done > 0 else None
+    return TrialStatus(
+        trial_id,
+        state,
+        str(latest("stage") or ""),
+        epoch,
+        epochs,
+        latest("images_per_second"),
+        left,
+        latest("val_accuracy"),
+    )
+
+
+def parquet_bytes(frame: pd.DataFrame, schema: pa.Schema | None = None) -> bytes:
+    """Return deterministic Parquet bytes of a frame: no index, no pandas metadata."""
+    table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False).replace_schema_metadata(None)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
