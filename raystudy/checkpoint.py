@@ -52,7 +52,7 @@ class CheckpointClock:
     _last_end: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._last_write = 0.05 + self.n_bytes / 100e6
+        self._last_write = 0.01 + self.n_bytes / 100e6
         self._last_end = time.monotonic()
 
     @property

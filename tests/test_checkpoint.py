@@ -113,7 +113,7 @@ def test_files_that_are_no_checkpoints_are_ignored(tmp_path: Path) -> None:
 
 def test_the_pause_is_twenty_times_the_last_write() -> None:
     clock = CheckpointClock(share=0.05, n_bytes=0, shortest=0.0)
-    assert clock.interval == pytest.approx(20 * 0.05)  # an empty model is taken to need 50 ms
+    assert clock.interval == pytest.approx(20 * 0.01)  # an empty model is taken to need 10 ms
     assert not clock.due()
     clock.wrote(0.001)
     assert clock.interval == pytest.approx(0.02)
@@ -126,5 +126,5 @@ def test_a_small_share_lengthens_the_pause_and_a_large_model_delays_the_first_wr
     clock.wrote(1.0)
     assert clock.interval == pytest.approx(99.0)  # 1 s of writing in 100 s
     large = CheckpointClock(share=0.05, n_bytes=340_000_000)
-    assert large.interval == pytest.approx(20 * (0.05 + 3.4))
+    assert large.interval == pytest.approx(20 * (0.01 + 3.4))
     assert CheckpointClock(share=1.0, n_bytes=0, shortest=5.0).interval == 5.0
