@@ -14,11 +14,28 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from raystudy.errors import StudyError
 
+
+class _Verbs(TyperGroup):
+    """The verbs; a refusal or an interruption in any of them is a message and an exit code, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StudyError as error:
+            print(f"error: {error}", file=sys.stderr)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            ctx.exit(130)
+
+
 app = typer.Typer(
     name="raystudy",
+    cls=_Verbs,
     help="Does a multi-hospital X-ray classifier see the disease, or the hospital?",
     no_args_is_help=True,
     add_completion=False,
@@ -195,7 +212,7 @@ def submit(
     """Submit the study to a running cluster as a Ray job; it survives this terminal."""
     from raystudy.orchestrate import jobs
 
-    raise typer.Exit(jobs.submit(_load(experiment, overrides, storage), overrides or [], address, follow=follow))
+    raise typer.Exit(jobs.submit(_load(experiment, overrides, storage), address, follow=follow))
 
 
 @app.command(epilog="Example: `raystudy stop experiments/demo.yaml`")
@@ -228,16 +245,7 @@ def main() -> None:
     """Entry point of the `raystudy` command."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    try:
-        app(standalone_mode=False)
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    app()
 
 
 if __name__ == "__main__":

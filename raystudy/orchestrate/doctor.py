@@ -1,0 +1,86 @@
+"""`raystudy doctor`: one line a check, each with what is wrong and the remedy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+
+from raystudy.config import Experiment
+from raystudy.errors import StudyError
+from raystudy.orchestrate.dashboard import check_dashboard, check_ray_version, installed_ray
+from raystudy.storage import open_storage
+from raystudy.study import Study
+
+OLDEST_PYTHON = (3, 11)
+
+
+def examine(experiment: Experiment | None, address: str | None) -> int:
+    """Run every check, print all findings; return 0, or 2 when something is wrong."""
+    checks: list[tuple[str, Callable[[], str]]] = [("Python", _python), ("torch", _torch), ("Ray", _ray)]
+    if experiment is not None:
+        checks += [
+            ("storage", lambda: _storage(experiment)),
+            ("study directory", lambda: _study(experiment)),
+            ("MLflow", lambda: _mlflow(experiment)),
+        ]
+    if address is not None:
+        checks.append(("cluster", lambda: f"Ray {check_dashboard(address)} at {address}, token accepted"))
+    console, wrong = Console(highlight=False), 0
+    for name, check in checks:
+        try:
+            console.print(f"[green]ok[/green]    {name}: {check()}", markup=True, soft_wrap=True)
+        except StudyError as error:
+            wrong += 1
+            console.print(f"[red]wrong[/red] {name}: ", end="", markup=True)
+            console.print(str(error), markup=False, soft_wrap=True)
+    return 2 if wrong else 0
+
+
+def _python() -> str:
+    if sys.version_info < OLDEST_PYTHON:
+        raise StudyError(f"Python {platform.python_version()} is too old", remedy="use Python 3.11 or newer")
+    return platform.python_version()
+
+
+def _torch() -> str:
+    from raystudy.torchvision_shim import torchvision
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return f"{torch.__version__} with torchvision {torchvision.__version__}, {device}"
+
+
+def _ray() -> str:
+    check_ray_version(installed_ray(), "this machine")
+    return installed_ray()
+
+
+def _storage(experiment: Experiment) -> str:
+    storage = open_storage(experiment.storage)
+    probe = f".raystudy-probe-{os.getpid()}"
+    storage.write_bytes(probe, b"raystudy")
+    if storage.read_bytes(probe) != b"raystudy":
+        raise StudyError("what was written is not what is read", where=storage.uri, remedy="check the storage")
+    storage.delete(probe)
+    return f"{storage.uri} can be written and read"
+
+
+def _study(experiment: Experiment) -> str:
+    study = Study.at(experiment.storage, experiment.name)
+    if not study.storage.exists("plan.json"):
+        return "none yet"
+    counts = study.require().status().counts
+    return ", ".join(f"{n} {state}" for state, n in counts.items() if n) or "no trials"
+
+
+def _mlflow(experiment: Experiment) -> str:
+    if not experiment.tracking.enabled:
+        return "switched off"
+    from raystudy.tracking import check_server
+
+    check_server(experiment.tracking.uri)
+    return experiment.tracking.uri
