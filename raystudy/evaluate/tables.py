@@ -55,14 +55,14 @@ def arms(
 
 def accuracy_table(trials: Sequence[KeyedTable], study_seed: int) -> pd.DataFrame:
     """Return one row per trial and test set; intervals are conditional on that training run."""
+    of_arm = {tuple(keys.items()): arm for keys, arm in arms(trials, study_seed, with_auroc=True)}
     rows: list[dict[str, object]] = []
     for trial in trials:
-        one = TrialPredictions(_int(trial.keys["h1_share"]), _int(trial.keys["seed"]), trial.table)
-        arm = build_arm([one], study_seed)
+        arm, seed = of_arm[trial.arm], _int(trial.keys["seed"])
         for test_set, score in score_test_sets(trial.table).items():
-            cell = (one.h1_share, test_set)
-            accuracy = share_interval(arm.accuracy[cell])
-            area = share_interval(arm.auroc[cell]) if cell in arm.auroc else None
+            cell = (_int(trial.keys["h1_share"]), test_set)
+            accuracy = share_interval(arm.accuracy[cell].of((seed,)))
+            area = share_interval(arm.auroc[cell].of((seed,))) if cell in arm.auroc else None
             row = {
                 **trial.keys,
                 "test_set": test_set,
