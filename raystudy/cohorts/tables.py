@@ -1,0 +1,358 @@
+"""Reading and checking the tables that say who is in a source.
+
+In flow CSV (also gzip) or Parquet bytes; out flow text columns, and after checking the rows of one source: image_id,
+patient_id, uri, view, split, and the findings as bit masks (found, uncertain, negated).  A row that breaks a rule is
+named with the rule; nothing is repaired, guessed or left out silently.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import pandera.pandas as pa
+import pyarrow
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from raystudy.cohorts.vocabulary import ANY_PATHOLOGY, BIT, NO_FINDING
+from raystudy.errors import StudyError
+from raystudy.storage import Storage, open_storage
+
+SHOWN_ROWS = 5
+LARGEST_TABLE = 2 << 30  # bytes after unpacking
+VIEWS = {
+    "": "", "AP": "AP", "PA": "PA", "LATERAL": "LATERAL", "LAT": "LATERAL", "LL": "LATERAL", "RL": "LATERAL",
+    "L": "LATERAL",
+}  # fmt: skip
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test", "train_val": "train_val",
+}  # fmt: skip
+FLAGS = {"": 0, "0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1, "-1": -1, "-1.0": -1}
+ROW_COLUMNS = ("image_id", "patient_id", "uri", "view", "found", "uncertain", "negated", "split")
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """The checked rows of one source.
+
+    ``rows``: columns of ``ROW_COLUMNS``, by image_id.  ``split`` is train, val, test, ``train_val`` (divided among
+    these two), ``unused`` (kept out of every cohort), or empty (divided among all three).  ``notes``: what the plan
+    prints about this source.
+    """
+
+    name: str
+    rows: pd.DataFrame
+    notes: tuple[str, ...] = field(default=())
+
+
+def read_text_table(storage: Storage, path: str, columns: Iterable[str]) -> pd.DataFrame:
+    """Read the named columns of a table as text; blank cells are empty strings.
+
+    Raises
+    ------
+    StudyError : no such file, not a table, a column that is missing or stands twice, a row of another length.
+    """
+    where = storage.address(path)
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError:
+        raise StudyError("there is no such table", where=where, remedy="mend root and table of this source") from None
+    except (ValueError, IsADirectoryError, NotADirectoryError):
+        raise StudyError(
+            "this is no path of a table below root", where=where, remedy="name a file below root"
+        ) from None
+    wanted = list(dict.fromkeys(columns))
+    stem = path.lower().removesuffix(".gz")
+    if stem.endswith((".parquet", ".pq")):
+        return _parquet(data, wanted, where)
+    return _csv(_unpacked(data, where), wanted, where, "\t" if stem.endswith(".tsv") else ",")
+
+
+def _unpacked(data: bytes, where: str) -> bytes:
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            text = file.read(LARGEST_TABLE)
+    except (zlib.error, EOFError, OSError) as error:
+        raise StudyError(f"the gzip file is damaged: {error}", where=where, remedy="fetch it again") from None
+    if len(text) >= LARGEST_TABLE:
+        raise StudyError("the table is larger than 2 GiB", where=where, remedy="split it, or use Parquet")
+    return text
+
+
+def _csv(data: bytes, wanted: list[str], where: str, delimiter: str) -> pd.DataFrame:
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        raise StudyError("the table is empty", where=where, remedy="a header line and one row an image")
+    if b"\0" in data:
+        raise StudyError(
+            "this is not a text table (it holds NUL bytes)", where=where, remedy="CSV in UTF-8, or Parquet"
+        )
+    header, newline, rest = data.partition(b"\n")
+    header = header.rstrip(b"\r")
+    first = rest.split(b"\n", 1)[0].rstrip(b"\r")
+    if header.endswith(b",") and first and not first.endswith(b","):
+        header = header.rstrip(b",")  # the NIH header of 2017 ends in one comma more than its rows
+    data = header + newline + rest
+    _check_header(header, delimiter, wanted, where)
+    odd: list[pyarrow.csv.InvalidRow] = []
+
+    def note(row: pyarrow.csv.InvalidRow) -> str:
+        odd.append(row)
+        return "skip"
+
+    try:
+        table = pyarrow.csv.read_csv(
+            pyarrow.BufferReader(data),
+            read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=1 << 24),
+            parse_options=pyarrow.csv.ParseOptions(
+                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note
+            ),
+            convert_options=pyarrow.csv.ConvertOptions(
+                include_columns=wanted, column_types=dict.fromkeys(wanted, pyarrow.string()), strings_can_be_null=False
+            ),
+        )
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, UnicodeDecodeError) as error:
+        raise StudyError(
+            f"this cannot be read as CSV: {str(error).splitlines()[0][:200]}",
+            where=where,
+            remedy="CSV in UTF-8, or Parquet",
+        ) from None
+    if odd:
+        shown = "; ".join(
+            f"{r.actual_columns} instead of {r.expected_columns} in {(r.text or '')[:60]!r}" for r in odd[:3]
+        )
+        raise StudyError(
+            f"{len(odd)} rows have another number of cells: {shown}", where=where, remedy="quote the cells"
+        )
+    return _stripped(table.to_pandas())
+
+
+def _check_header(header: bytes, delimiter: str, wanted: list[str], where: str) -> None:
+    try:
+        names = next(iter(_header_names(header, delimiter)), [])
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError):
+        raise StudyError("the header line is not UTF-8 text", where=where, remedy="CSV in UTF-8, or Parquet") from None
+    _check_columns(names, wanted, where)
+
+
+def _header_names(header: bytes, delimiter: str) -> Iterable[list[str]]:
+    return csv.reader([header.decode("utf-8")], delimiter=delimiter)
+
+
+def _check_columns(names: list[str], wanted: list[str], where: str) -> None:
+    for name in wanted:
+        if names.count(name) > 1:
+            raise StudyError(f"the column {name!r} stands twice", where=where, remedy="keep one of them")
+        if name not in names:
+            listed = ", ".join(repr(n) for n in names[:30])
+            raise StudyError(
+                f"the table has no column {name!r}", where=where, remedy=f"name one of its columns: {listed[:600]}"
+            )
+
+
+def _parquet(data: bytes, wanted: list[str], where: str) -> pd.DataFrame:
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        _check_columns(file.schema_arrow.names, wanted, where)
+        table = file.read(columns=wanted)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise StudyError(
+            f"this cannot be read as Parquet: {str(error).splitlines()[0][:200]}", where=where, remedy="write it again"
+        ) from None
+    frame = pd.DataFrame({name: _as_text(table.column(name), name, where) for name in wanted}, dtype="str")
+    return _stripped(frame)
+
+
+def _as_text(column: pyarrow.ChunkedArray, name: str, where: str) -> pd.Series:
+    kind = column.type
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        column = pc.call_function("binary_join", [column.cast(pyarrow.list_(pyarrow.string())), pyarrow.scalar("|")])
+    elif pyarrow.types.is_dictionary(kind):
+        column = column.cast(kind.value_type)
+    try:
+        return column.cast(pyarrow.string()).fill_null("").to_pandas()
+    except pyarrow.ArrowException:
+        raise StudyError(
+            f"the column {name!r} of type {kind} cannot be read as text", where=where, remedy="text or numbers"
+        ) from None
+
+
+def _stripped(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.apply(lambda c: c.str.strip()) if len(frame) else frame
+
+
+def flag_masks(frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> pd.DataFrame:
+    """Turn columns of 1, 0, −1 or blank into masks.
+
+    Parameters
+    ----------
+    columns : column -> finding.
+
+    Returns
+    -------
+    frame of int64 columns found, uncertain, negated (explicitly 0), one row a row.
+    """
+    masks = {kind: np.zeros(len(frame), np.int64) for kind in ("found", "uncertain", "negated")}
+    for column, finding in columns.items():
+        codes, unique = pd.factorize(frame[column].str.lower())
+        odd = [str(u) for u in unique if str(u) not in FLAGS]
+        if odd:
+            failing = frame.loc[frame[column].str.lower().isin(odd), column]
+            refuse_rows(f"{column!r} must be 1, 0, -1 or blank", failing, where)
+        values = np.array([FLAGS[str(u)] if u else np.nan for u in unique])[codes] if len(unique) else np.zeros(0)
+        for kind, value in (("found", 1), ("uncertain", -1), ("negated", 0)):
+            masks[kind] |= np.where(values == value, BIT[finding], 0)
+    return pd.DataFrame(masks, index=frame.index)
+
+
+def refuse_rows(rule: str, failing: pd.Series, where: str, remedy: str | None = None) -> None:
+    """Raise a StudyError that lists the first failing rows and their number.
+
+    Parameters
+    ----------
+    failing : what stands in these rows; the index is the row's place below the header, from 0.
+    """
+    raise StudyError(_failing_rows(rule, failing), where=where, remedy=remedy or "mend these rows, or leave them out")
+
+
+def _failing_rows(rule: str, failing: pd.Series) -> str:
+    first = failing.iloc[:SHOWN_ROWS]
+    shown = ", ".join(f"row {row + 1}: {str(value)[:80]!r}" for row, value in first.items() if isinstance(row, int))
+    more = f" … and {len(failing) - SHOWN_ROWS} more" if len(failing) > SHOWN_ROWS else ""
+    return f"{len(failing)} rows fail: {rule} ({shown}{more})"
+
+
+_BAD_PATH = re.compile(r"(^|/)\.\.?(/|$)|^/|^~|^[A-Za-z]:|\\|//|/$|^$|://|[\x00-\x1f\x7f]")
+
+
+def _stays_below(paths: pd.Series) -> pd.Series:
+    codes, unique = pd.factorize(paths)
+    good = np.array([_BAD_PATH.search(str(path)) is None for path in unique], bool)
+    return pd.Series(good[codes] if len(unique) else np.zeros(0, bool), index=paths.index)
+
+
+def _plain(texts: pd.Series) -> pd.Series:
+    return ~texts.str.contains(r"[\x00-\x1f\x7f]", regex=True)
+
+
+_RAW_ROWS = pa.DataFrameSchema(
+    {
+        "path": pa.Column(
+            None, pa.Check(_stays_below, error="the image path must be relative and stay below its root")
+        ),
+        "original": pa.Column(
+            None,
+            [
+                pa.Check(lambda c: c != "", error="the image id is blank"),
+                pa.Check(_plain, error="the image id holds control characters"),
+                pa.Check(lambda c: ~c.duplicated(keep=False), error="the image id stands in several rows"),
+            ],
+        ),
+        "patient": pa.Column(
+            None,
+            [
+                pa.Check(lambda c: c != "", error="the patient id is blank"),
+                pa.Check(_plain, error="the patient id holds control characters"),
+            ],
+        ),
+        "view": pa.Column(
+            None, pa.Check.isin(sorted(set(VIEWS.values())), error="the view is not AP, PA, LATERAL or blank")
+        ),
+        "split": pa.Column(
+            None,
+            pa.Check.isin(
+                ["", "train", "val", "test", "train_val", "unused"], error="the split is not train, val or test"
+            ),
+        ),
+        "found": pa.Column(
+            "int64",
+            pa.Check(
+                lambda c: ((c & BIT[NO_FINDING]) == 0) | ((c & ANY_PATHOLOGY) == 0),
+                error="No Finding stands beside a pathology",
+            ),
+        ),
+        "uncertain": pa.Column("int64"),
+        "negated": pa.Column("int64"),
+    },
+    checks=[pa.Check(lambda f: (f["found"] & f["uncertain"]) == 0, error="a finding is both marked and uncertain")],
+)
+
+
+def checked_rows(name: str, raw: pd.DataFrame, folder: Storage, where: str) -> pd.DataFrame:
+    """Check raw rows and return them in canonical columns.
+
+    Parameters
+    ----------
+    name : the source's key.
+    raw : columns path (below ``folder``), original (the image's own name), patient, view, split, found, uncertain,
+        negated; the index is the row's place in the table.
+
+    Raises
+    ------
+    StudyError : naming each broken rule, its first rows and their number.
+    """
+    if raw.empty:
+        raise StudyError(
+            f"source {name}: the table has no rows", where=where, remedy="mend the table, or the `where` filter"
+        )
+    try:
+        _RAW_ROWS.validate(raw, lazy=True)
+    except pa.errors.SchemaErrors as error:
+        raise StudyError(
+            _described(error.failure_cases, raw), where=where, remedy="mend these rows, or leave them out"
+        ) from None
+    _check_given_splits(raw, where)
+    root = open_storage(folder.uri).uri.rstrip("/") + "/"
+    rows = pd.DataFrame(
+        {
+            "image_id": f"{name}/" + raw["original"],
+            "patient_id": f"{name}:" + raw["patient"],
+            "uri": root + raw["path"],
+            "view": raw["view"],
+            "found": raw["found"],
+            "uncertain": raw["uncertain"],
+            "negated": raw["negated"],
+            "split": raw["split"],
+        }
+    )
+    _check_uris(rows, where)
+    return rows.sort_values("image_id", kind="stable").reset_index(drop=True)
+
+
+def _described(cases: pd.DataFrame, raw: pd.DataFrame) -> str:
+    lines: list[str] = []
+    for rule, group in cases.groupby("check", sort=False):
+        places = group["index"].dropna().astype(int).drop_duplicates().tolist()
+        column = str(group["column"].iloc[0])
+        shown = raw[column] if column in ("path", "original", "patient") else raw["original"]
+        lines.append(_failing_rows(str(rule), shown.loc[places]))
+    return "; ".join(lines)
+
+
+def _check_given_splits(raw: pd.DataFrame, where: str) -> None:
+    """A patient whose films stand in two given splits would be trained and tested on."""
+    given = raw[raw["split"] != ""]
+    several = given.groupby("patient")["split"].nunique()
+    torn = several.index[several > 1]
+    if len(torn):
+        refuse_rows("a patient stands in several splits", raw.loc[raw["patient"].isin(torn), "patient"], where)
+    if 0 < len(given) < len(raw):
+        refuse_rows("the split is blank, while other rows have one", raw.loc[raw["split"] == "", "original"], where)
+
+
+def _check_uris(rows: pd.DataFrame, where: str) -> None:
+    twice = rows["uri"].duplicated(keep=False)
+    if twice.any():
+        refuse_rows("several rows name the same file", rows.loc[twice, "uri"], where)
