@@ -273,8 +273,8 @@ class _Store:
         events = directory.read_events("events")
         time = int(1000 * float(done.get("time") or (events[-1]["time"] if events else 0)))
         for value in summarise([pairs], int(spec["study_seed"])).values():
-            metrics.append(Metric(f"average_drop_{value.method}", 100 * value.average_drop.estimate, time, 0))
-            metrics.append(Metric(f"average_increase_{value.method}", 100 * value.average_increase.estimate, time, 0))
+            metrics.append(Metric(f"average_drop_{value.method}", value.average_drop.estimate, time, 0))
+            metrics.append(Metric(f"average_increase_{value.method}", value.average_increase.estimate, time, 0))
         self.client.log_batch(run, metrics=metrics)
 
     def _sync_report(self) -> None:

@@ -1,0 +1,140 @@
+"""What a report is made of, read from the study directory alone: finished trials, their tables and explanations."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from raystudy.errors import StudyError
+from raystudy.evaluate.reliance import Verdict, verdict
+from raystudy.evaluate.tables import (
+    KeyedTable,
+    accuracy_table,
+    arms,
+    faithfulness_table,
+    mixture_table,
+    reliance_table,
+)
+from raystudy.storage import Storage
+from raystudy.study import Study, StudyStatus
+
+
+@dataclass(frozen=True)
+class FinishedTrial:
+    """One finished trial of the plan."""
+
+    trial_id: str
+    spec: dict[str, Any]
+    result: dict[str, Any]
+    prototypes: Storage | None
+    faithfulness: Storage | None
+
+    @property
+    def keys(self) -> dict[str, object]:
+        """The key columns of its rows in every table."""
+        spec = self.spec
+        keys: dict[str, object] = {"study": spec["study"], "trial_id": self.trial_id}
+        keys |= {name: spec[name] for name in ("task", "h1_share", "seed", "cohort_seed")}
+        return keys | {f"axis.{k}": _plain(v) for k, v in sorted(spec["axes"].items())}
+
+    @property
+    def arm(self) -> tuple[tuple[str, object], ...]:
+        return tuple((k, v) for k, v in self.keys.items() if k not in ("trial_id", "h1_share", "seed"))
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All numbers of a report."""
+
+    study: Study
+    experiment: dict[str, Any]
+    status: StudyStatus
+    trials: tuple[FinishedTrial, ...]
+    diverged: tuple[str, ...]
+    accuracy: pd.DataFrame
+    mixtures: pd.DataFrame
+    reliance: pd.DataFrame
+    faithfulness: pd.DataFrame
+    specificity: pd.DataFrame
+    mask_shares: pd.DataFrame
+    verdicts: tuple[tuple[dict[str, object], Verdict], ...] = field(default=())
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(str(t.spec["task"]) for t in self.trials))
+
+    def of_task(self, task: str) -> list[FinishedTrial]:
+        return [t for t in self.trials if t.spec["task"] == task]
+
+
+def read_report_data(study: Study) -> ReportData:
+    """Read everything and compute the tables.
+
+    Raises
+    ------
+    StudyError : no trial is finished.
+    """
+    files = study.files()
+    trials: list[FinishedTrial] = []
+    diverged: list[str] = []
+    for trial_id, spec, result in study.finished():
+        if result["status"] != "finished":
+            diverged.append(trial_id)
+            continue
+        places = [study.explanations(trial_id, job, files) for job in ("prototypes", "faithfulness")]
+        trials.append(FinishedTrial(trial_id, spec, result, places[0], places[1]))
+    if not trials:
+        raise StudyError(
+            "no trial of this study is finished, so there is nothing to report",
+            where=study.storage.uri,
+            remedy="`raystudy run EXPERIMENT` first; `raystudy status EXPERIMENT` tells how far it is",
+        )
+    experiment = yaml.safe_load(study.storage.read_bytes("experiment.yaml"))
+    seed = int(experiment["study_seed"])
+    with ThreadPoolExecutor(8) as pool:
+        frames = list(pool.map(lambda t: study.trial(t.trial_id).read_table("predictions.parquet").to_pandas(), trials))
+        pairs = list(pool.map(_pairs, trials))
+        specific = [row for rows in pool.map(_specificity, trials) for row in rows]
+        masks = [m for m in pool.map(_mask_shares, trials) if m is not None]
+    predictions = [KeyedTable(t.keys, f) for t, f in zip(trials, frames, strict=True)]
+    explained = [KeyedTable(t.keys, f) for t, f in zip(trials, pairs, strict=True) if f is not None]
+    return ReportData(
+        study,
+        experiment,
+        study.status(),
+        tuple(trials),
+        tuple(diverged),
+        accuracy_table(predictions, seed),
+        mixture_table(predictions, seed),
+        reliance_table(predictions, seed),
+        faithfulness_table(explained, seed) if explained else pd.DataFrame(),
+        pd.DataFrame(specific),
+        pd.concat(masks, ignore_index=True) if masks else pd.DataFrame(),
+        tuple((keys, verdict(arm, str(keys["task"]))) for keys, arm in arms(predictions, seed)),
+    )
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
+def _pairs(trial: FinishedTrial) -> pd.DataFrame | None:
+    return None if trial.faithfulness is None else trial.faithfulness.read_table("pairs.parquet").to_pandas()
+
+
+def _specificity(trial: FinishedTrial) -> list[dict[str, object]]:
+    if trial.prototypes is None:
+        return []
+    rules = trial.prototypes.read_json("specificity.json")
+    return [{**trial.keys, "rule": rule, **values} for rule, values in rules.items()]
+
+
+def _mask_shares(trial: FinishedTrial) -> pd.DataFrame | None:
+    if trial.prototypes is None or not trial.prototypes.exists("mask_share.parquet"):
+        return None
+    frame = trial.prototypes.read_table("mask_share.parquet").to_pandas()
+    return frame.assign(**{k: v for k, v in trial.keys.items() if k in ("trial_id", "task", "h1_share", "seed")})
