@@ -31,6 +31,8 @@ from raystudy.errors import StudyError
 
 T = TypeVar("T")
 
+_opened_by: dict[str, int] = {}  # obstore's threads do not survive a fork: the child would wait for ever
+
 ASIDE = re.compile(r"^\.[^/]*\.aside-[0-9a-f]+$")  # a file that is being written; never listed
 SINGLE_PUT_BYTES = 64 * 1024 * 1024
 
@@ -68,11 +70,11 @@ class LocalFolder:
             return (self.root / key).read_bytes()
 
     def write(self, key: str, data: bytes) -> None:
-        with self._refusals(key), self._aside(key, data) as (aside, target):
+        with self._refusals(key, writing=True), self._aside(key, data) as (aside, target):
             os.replace(aside, target)
 
     def create(self, key: str, data: bytes) -> None:
-        with self._refusals(key), self._aside(key, data) as (aside, target):
+        with self._refusals(key, writing=True), self._aside(key, data) as (aside, target):
             os.link(aside, target)  # fails when the target is there; the content is complete from its first moment
 
     def exists(self, key: str) -> bool:
@@ -106,7 +108,7 @@ class LocalFolder:
     def append(self, key: str, line: bytes) -> None:
         """Append one line in one write; a line torn by an earlier crash is closed first."""
         target = self.root / key
-        with self._refusals(key):
+        with self._refusals(key, writing=True):
             target.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(target, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             try:
@@ -139,11 +141,12 @@ class LocalFolder:
             aside.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _refusals(self, key: str) -> Iterator[None]:
+    def _refusals(self, key: str, *, writing: bool = False) -> Iterator[None]:
         try:
             yield
         except (FileNotFoundError, FileExistsError) as error:
-            if isinstance(error, FileExistsError) and error.filename2 is None:  # a file where a folder should be
+            # While writing only link's own "exists" is an answer; others are about the folders above.
+            if writing and not (isinstance(error, FileExistsError) and error.filename2 is not None):
                 raise self._refusal(key, error) from error
             raise
         except IsADirectoryError as error:
@@ -254,6 +257,8 @@ class S3Bucket:
 
     def _ask(self, key: str, request: Callable[[str], T]) -> T:
         """Send one request; repeat it while the server is away, at most ``retry_seconds``."""
+        if _opened_by.setdefault("pid", os.getpid()) != os.getpid():
+            raise RuntimeError("object storage was opened before this process was forked; start processes with spawn")
         path, pause, deadline = self._path(key), 0.1, time.monotonic() + self.retry_seconds
         while True:
             try:
@@ -289,6 +294,9 @@ class S3Bucket:
         elif answer in {"AccessDenied", "403"}:
             what = f"the object storage denies the access ({answer})"
             remedy = f"check the secret, and that the key may read and write in the bucket {self.bucket!r}"
+        elif answer in {"InternalError", "SlowDown", "ServiceUnavailable"} or answer.startswith("5"):
+            what = f"the object storage fails ({answer}), also after {self.retry_seconds:.0f} s"
+            remedy = "look at the server (full disk, overload); nothing is lost, run the same command again"
         elif answer:
             what = f"the object storage refuses the request ({answer})"
             remedy = "check the bucket's name, AWS_REGION and AWS_ENDPOINT_URL"

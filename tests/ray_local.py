@@ -1,0 +1,32 @@
+"""One small Ray for all tests of a session."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from tests.s3_server import S3Server
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_environment: S3Server) -> Iterator[None]:
+    """Ray on this machine with two CPUs; its workers know the S3 server's address (start it with ``s3_server``)."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray warns of its own defaults while it starts
+        import ray
+
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=200_000_000,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=True,
+        )
+    yield
+    ray.shutdown()

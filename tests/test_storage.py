@@ -1,0 +1,375 @@
+"""One suite for every kind of storage: a local folder, a real S3 server, and pyarrow's generic file system."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs
+import pytest
+
+from raystudy.errors import StudyError
+from raystudy.object_stores import ArrowFolder
+from raystudy.storage import Storage, open_storage
+from tests.s3_server import ADMIN, READER, S3Server
+
+AWKWARD = ["a b", "ü/é", "p%20q", "x#y", "t~z", "a+b=c", "{q}", "[z]", "a*b?", "…", "H1:0003", ".hidden", "a.json.gz"]
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return open_storage(tmp_path / "studies")
+    return open_storage(request.getfixturevalue("s3_bucket") + "/some/studies")
+
+
+def test_bytes_come_back_as_written(storage: Storage) -> None:
+    content = bytes(range(256)) * 10_000
+    storage.write_bytes("a/b/c.bin", content)
+    assert storage.read_bytes("a/b/c.bin") == content
+    storage.write_bytes("a/b/c.bin", b"")
+    assert storage.read_bytes("a/b/c.bin") == b""
+
+
+def test_awkward_names_are_kept(storage: Storage) -> None:
+    for name in AWKWARD:
+        storage.write_bytes(f"n/{name}", name.encode())
+    assert storage.list("n") == sorted(f"n/{name}" for name in AWKWARD)
+    assert [storage.read_bytes(f"n/{name}").decode() for name in AWKWARD] == AWKWARD
+
+
+def test_a_missing_file_is_file_not_found(storage: Storage) -> None:
+    storage.write_bytes("folder/file", b"x")
+    for path in ("nothing", "folder/nothing", "folder", "no/such/folder/file"):
+        assert not storage.exists(path)
+        with pytest.raises(FileNotFoundError):
+            storage.read_bytes(path)
+        storage.delete(path) if path != "folder" else None
+    assert storage.exists("folder/file")
+
+
+def test_lists_are_recursive_sorted_and_by_folder(storage: Storage) -> None:
+    assert storage.list() == []
+    assert storage.list("never") == []
+    for path in ("trials/b/spec.json", "trials/a/events", "trials2/x", "top"):
+        storage.write_bytes(path, b"")
+    assert storage.list("trials") == ["trials/a/events", "trials/b/spec.json"]
+    assert storage.list() == ["top", "trials/a/events", "trials/b/spec.json", "trials2/x"]
+    assert storage.child("trials", "b").list() == ["spec.json"]
+
+
+def test_trees_and_files_can_be_deleted_twice(storage: Storage) -> None:
+    for path in ("t/a/1", "t/a/2", "t/b", "ta"):
+        storage.write_bytes(path, b"")
+    storage.delete("t/b")
+    storage.delete("t/b")
+    storage.delete_tree("t/a")
+    storage.delete_tree("t/a")
+    assert storage.list() == ["ta"]
+    storage.delete_tree()
+    assert storage.list() == []
+
+
+def test_json_and_tables_round_trip(storage: Storage) -> None:
+    value = {"b": [1, 2.5, None, "ü"], "a": {"x": True}}
+    storage.write_json("v.json", value)
+    assert storage.read_json("v.json") == value
+    first = storage.read_bytes("v.json")
+    storage.write_json("v.json", dict(reversed(value.items())))
+    assert storage.read_bytes("v.json") == first
+    table = pa.table({"image_id": ["H1/a", "H2/b"], "label": pa.array([0, 1], pa.int8())})
+    storage.write_table("t.parquet", table)
+    assert storage.read_table("t.parquet").equals(table)
+    assert storage.read_table("t.parquet", columns=["label"]).column_names == ["label"]
+
+
+def test_no_number_that_json_lacks_is_written(storage: Storage) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        storage.write_json("v.json", {"loss": float("nan")})
+    assert storage.list() == []
+
+
+def test_exactly_one_of_many_creates(storage: Storage) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        won = list(pool.map(lambda i: storage.create_exclusive("lock", f"owner {i}".encode()), range(12)))
+    assert sum(won) == 1
+    assert storage.read_bytes("lock") == f"owner {won.index(True)}".encode()
+    storage.delete("lock")
+    assert storage.create_exclusive("lock", b"next")
+    assert storage.list() == ["lock"]
+
+
+def test_readers_never_see_half_a_file(storage: Storage) -> None:
+    contents = {bytes([value]) * 200_000 for value in range(4)}
+    storage.write_bytes("f", b"\0" * 200_000)
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for content in contents:
+                storage.write_bytes("f", content)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert all(storage.read_bytes("f") in contents for _ in range(50))
+    finally:
+        stop.set()
+        writer.join()
+    assert storage.list() == ["f"]
+
+
+def test_events_are_appended_in_order_and_read_from_a_start(storage: Storage) -> None:
+    assert storage.read_events("t/events") == []
+    for number in range(12):
+        storage.append_event("t/events", {"event": "epoch", "epoch": number, "text": "Zeile\nü"})
+    assert [event["epoch"] for event in storage.read_events("t/events")] == list(range(12))
+    assert [event["epoch"] for event in storage.read_events("t/events", start=10)] == [10, 11]
+    assert storage.read_events("t/events", start=12) == []
+
+
+def test_events_of_two_writers_are_all_kept(storage: Storage) -> None:
+    def append(writer: int) -> None:
+        for number in range(10):
+            storage.append_event("events", {"writer": writer, "number": number})
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(append, range(3)))
+    events = storage.read_events("events")
+    assert len(events) == 30
+    for writer in range(3):
+        assert [event["number"] for event in events if event["writer"] == writer] == list(range(10))
+
+
+def test_another_process_continues_the_events(storage: Storage) -> None:
+    storage.append_event("events", {"from": "parent"})
+    code = (
+        "import pickle, sys; storage = pickle.loads(bytes.fromhex(sys.argv[1]));"
+        "storage.append_event('events', {'from': 'child'})"
+    )
+    subprocess.run([sys.executable, "-c", code, pickle.dumps(storage).hex()], check=True)
+    storage.append_event("events", {"from": "parent again"})
+    assert [event["from"] for event in storage.read_events("events")] == ["parent", "child", "parent again"]
+
+
+def test_stamps_change_with_the_content(storage: Storage) -> None:
+    assert storage.stamps("films") == {}
+    storage.write_bytes("films/a.png", b"one")
+    storage.write_bytes("films/deeper/b.png", b"two")
+    first = storage.stamps("films")
+    assert list(first) == ["a.png"]
+    assert first["a.png"].size == 3
+    time.sleep(0.01)
+    storage.write_bytes("films/a.png", b"eno")
+    assert storage.stamps("films")["a.png"] != first["a.png"]
+
+
+def test_pyarrow_sees_the_same_files(storage: Storage) -> None:
+    storage.write_bytes("films/a.png", b"film")
+    file_system, root = storage.filesystem()
+    with file_system.open_input_stream(f"{root}/films/a.png") as file:
+        assert file.read() == b"film"
+
+
+def test_a_path_that_leaves_its_root_is_refused(storage: Storage) -> None:
+    for path in ("../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "a/.", "a\\b", "a\0b"):
+        with pytest.raises(ValueError, match="below its root"):
+            storage.read_bytes(path)
+        with pytest.raises(ValueError, match="below its root"):
+            storage.write_bytes(path, b"")
+        if path:
+            with pytest.raises(ValueError, match="below its root"):
+                storage.child(path)
+
+
+def test_a_usable_storage_passes_the_probe_and_is_left_clean(storage: Storage) -> None:
+    storage.check_writable()
+    assert storage.list() == []
+
+
+def test_a_storage_is_an_address(storage: Storage) -> None:
+    assert pickle.loads(pickle.dumps(storage)) == storage
+    assert storage.is_local == ("://" not in storage.uri)
+    storage.child("a", "b/c").write_bytes("d", b"")
+    assert storage.list() == ["a/b/c/d"]
+
+
+# --- local ---
+
+
+def test_a_torn_event_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    storage.append_event("events", {"epoch": 1})
+    with (tmp_path / "events").open("ab") as file:
+        file.write(b'{"epoch": 2, "lo')
+    assert storage.read_events("events") == [{"epoch": 1}]
+    storage.append_event("events", {"epoch": 3})
+    assert storage.read_events("events") == [{"epoch": 1}, {"epoch": 3}]
+
+
+def test_a_file_left_aside_by_a_crash_is_not_listed(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    storage.write_bytes("result.json", b"{}")
+    (tmp_path / ".result.json.aside-0123456789abcdef0123").write_bytes(b"{")
+    assert storage.list() == ["result.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/raystudy")):
+        with pytest.raises(StudyError, match="--storage") as refusal:
+            open_storage(place).check_writable()
+        assert str(place) in str(refusal.value)
+
+
+def test_relative_and_file_addresses_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_storage("studies").uri == str(tmp_path / "studies")
+    assert open_storage(f"file://{tmp_path}/st%20udies").uri == f"{tmp_path}/st udies"
+
+
+@pytest.mark.parametrize(
+    "address", ["", "s3://", "s3://B", "s3://key:secret@bucket/x", "s3://bucket/x?endpoint_override=h", "wrong://x"]
+)
+def test_an_address_that_cannot_be_meant_is_refused_without_its_secret(address: str) -> None:
+    with pytest.raises(StudyError) as refusal:
+        open_storage(address).list()
+    assert "secret@" not in str(refusal.value)
+
+
+# --- pyarrow's other file systems ---
+
+
+def test_another_file_system_of_pyarrow_reads_and_writes_but_does_not_lock(tmp_path: Path) -> None:
+    folder = ArrowFolder(pyarrow.fs.LocalFileSystem(), str(tmp_path), "gs://bucket")
+    folder.write("a/b.png", b"film")
+    assert folder.read("a/b.png") == b"film"
+    assert list(folder.list("")) == ["a/b.png"]
+    assert list(folder.list("never")) == []
+    assert folder.stamps("a")["b.png"].size == 4
+    assert (folder.exists("a/b.png"), folder.exists("a")) == (True, False)
+    with pytest.raises(FileNotFoundError):
+        folder.read("a/c.png")
+    with pytest.raises(StudyError, match="exclusive"):
+        folder.create("lock", b"")
+    folder.delete("a/b.png")
+    folder.delete("a/b.png")
+    folder.delete_tree("a")
+    folder.delete_tree("a")
+    assert list(folder.list("")) == []
+
+
+# --- S3 ---
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("identity", "says"),
+    [((ADMIN[0], "wrong"), "refuses the credentials"), (("unknown", "wrong"), "refuses the credentials")],
+)
+def test_wrong_credentials_are_one_clear_message(
+    s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, identity: tuple[str, str], says: str
+) -> None:
+    set_environment(monkeypatch, s3_server.environment(identity))
+    storage = open_storage(s3_bucket)
+    for act in (storage.list, storage.check_writable, lambda: storage.read_bytes("a"), lambda: storage.delete("a")):
+        with pytest.raises(StudyError, match=says) as refusal:
+            act()
+        assert "AWS_SECRET_ACCESS_KEY" in str(refusal.value)
+        assert "wrong" not in str(refusal.value)
+    with pytest.raises(StudyError, match="denies the access"):  # the answer to HEAD carries no code
+        storage.exists("a")
+
+
+def test_no_credentials_at_all_are_named(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(StudyError, match="AWS_ACCESS_KEY_ID"):
+        open_storage(s3_bucket).list()
+
+
+def test_a_missing_bucket_is_not_an_empty_one(s3_server: S3Server) -> None:
+    storage = open_storage("s3://no-such-bucket/studies")
+    for act in (storage.list, lambda: storage.read_bytes("a"), lambda: storage.stamps("a")):
+        with pytest.raises(StudyError, match="no bucket 'no-such-bucket'"):
+            act()
+
+
+def test_a_bucket_that_may_only_be_read_is_read_and_its_writes_are_refused(
+    s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_storage(s3_bucket).write_bytes("films/a.png", b"film")
+    set_environment(monkeypatch, s3_server.environment(READER))
+    storage = open_storage(s3_bucket)
+    assert storage.read_bytes("films/a.png") == b"film"
+    assert storage.list() == ["films/a.png"]
+    for act in (
+        lambda: storage.write_bytes("a", b""),
+        lambda: storage.create_exclusive("a", b""),
+        lambda: storage.append_event("events", {}),
+        lambda: storage.delete("films/a.png"),
+        storage.check_writable,
+    ):
+        with pytest.raises(StudyError, match="denies the access"):
+            act()
+    assert storage.read_bytes("films/a.png") == b"film"
+
+
+def test_a_server_that_is_not_there_is_named_in_time(monkeypatch: pytest.MonkeyPatch, s3_environment: S3Server) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(StudyError, match=r"no answer from http://127\.0\.0\.1:9 within 1 s"):
+        open_storage("s3://bucket", retry_seconds=1).list()
+    assert time.monotonic() - started < 10
+
+
+def test_a_server_that_goes_and_comes_back_loses_nothing(
+    tmp_path: Path, s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = S3Server(tmp_path)
+    set_environment(monkeypatch, server.environment())
+    server.start()
+    try:
+        server.create_bucket("studies")
+        storage = open_storage("s3://studies/x")
+        storage.write_bytes("before", b"kept")
+        server.stop()
+        with ThreadPoolExecutor(3) as pool:
+            reading = pool.submit(storage.read_bytes, "before")
+            writing = pool.submit(storage.write_bytes, "during", b"written late")
+            creating = pool.submit(storage.create_exclusive, "lock", b"me")
+            time.sleep(1)
+            assert not reading.done()
+            assert not writing.done()
+            server.start()
+            assert reading.result() == b"kept"
+            assert creating.result()
+            writing.result()
+        assert storage.list() == ["before", "during", "lock"]
+    finally:
+        server.stop()
+
+
+def test_a_forked_process_is_told_so_instead_of_waiting_for_ever(s3_bucket: str) -> None:
+    open_storage(s3_bucket).write_bytes("a", b"1")
+    code = (
+        "import os, sys\n"
+        "from raystudy.storage import open_storage\n"
+        f"storage = open_storage({s3_bucket!r})\n"
+        "storage.read_bytes('a')\n"
+        "if os.fork() == 0:\n"
+        "    try:\n        storage.read_bytes('a')\n"
+        "    except RuntimeError as error:\n        os._exit(7 if 'spawn' in str(error) else 1)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=60)
+    assert done.returncode == 7
