@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raystudy.errors import StudyError
+from raystudy.images.array import ImageArray
+from raystudy.images.store import load_pixels, size_of
 from raystudy.storage import Storage, open_storage
 
 State = Literal["waiting", "running", "interrupted", "failed", "diverged", "finished"]
@@ -118,6 +120,18 @@ class Study:
     def frame(self, path: str) -> pd.DataFrame:
         """Read a Parquet file of the study directory."""
         return self.storage.read_table(path).to_pandas()
+
+    def films(self, image_ids: list[str], size: int) -> ImageArray:
+        """Return decoded films of the study from the image store beside it.
+
+        Raises
+        ------
+        FileNotFoundError : the images of this study were never prepared at this size.
+        """
+        for key in self.storage.read_json("images.json")["keys"]:
+            if size_of(key) == size:
+                return load_pixels(open_storage(self.storage.uri.rsplit("/", 1)[0]), key, image_ids)
+        raise FileNotFoundError(f"no films of {size} px belong to {self.storage.uri}")
 
     def explanations(self, trial_id: str, job: str, files: dict[str, set[str]] | None = None) -> Storage | None:
         """Return the directory of the newest finished explanation job of a trial, or None."""

@@ -51,7 +51,7 @@ EVENT_METRICS = (
     "separation",
     "l1",
 )
-PRIVATE_FIGURES = ("prototypes", "top_k", "class_maps", "films", "panel")  # figures that show films
+PRIVATE_FIGURES = ("figures/films_",)  # figures that show films
 _Unavailable = (MlflowException, requests.RequestException, OSError)
 log = logging.getLogger("raystudy.tracking")
 

@@ -100,7 +100,7 @@ def reliance_curves(reliance: pd.DataFrame, sources: Sequence[str], title: str) 
 
 
 def faithfulness_bars(table: pd.DataFrame, title: str) -> Figure:
-    """Draw AD and AI by mixture and method, means over seeds; the bars' ends are the 95 % intervals of single trials."""
+    """Draw AD and AI by mixture and method, means over seeds; bars are the mean 95 % intervals of single trials."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     shares = sorted(table["h1_share"].unique())
     for place, (name, label) in enumerate(

@@ -1,0 +1,308 @@
+"""The report: figures, three tables and one self-contained HTML page, from the study directory alone."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from raystudy.evaluate.intervals import Interval
+from raystudy.evaluate.reliance import Verdict
+from raystudy.report import figures, panels
+from raystudy.report.data import FinishedTrial, ReportData, read_report_data
+from raystudy.study import Study
+
+FIGURES_OF_FILMS = "films"  # file names that begin so show films; they leave the study directory only when allowed
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_report` wrote and what it says."""
+
+    page: str
+    sentences: tuple[str, ...]
+    files: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """Return the answer and where the page is, for a terminal."""
+        return "\n".join([*self.sentences, f"report: {self.page}"])
+
+
+@dataclass
+class _Section:
+    """One task (and arm) of the page."""
+
+    title: str
+    sentence: str
+    tiles: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    figures: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    tables: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+def write_report(study: Study) -> Written:
+    """Write report/index.html, report/figures and report/tables; return what was written.
+
+    Raises
+    ------
+    StudyError : no trial is finished.
+    """
+    data = read_report_data(study)
+    files: dict[str, bytes] = {}
+    for name, table in (
+        ("accuracy", data.accuracy),
+        ("faithfulness", data.faithfulness),
+        ("reliance", data.reliance.drop(columns="interval", errors="ignore")),
+        ("accuracy_by_mixture", data.mixtures),
+        ("specificity", data.specificity),
+        ("planted_truth", data.mask_shares),
+    ):
+        if not table.empty:
+            files[f"tables/{name}.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
+    sections = [_section(data, keys, verdict, files) for keys, verdict in data.verdicts]
+    files["index.html"] = _page(data, sections).encode()
+    for name, content in files.items():
+        study.storage.write_bytes(f"report/{name}", content)
+    page = f"{study.storage.uri.rstrip('/')}/report/index.html"
+    return Written(page, tuple(s.sentence for s in sections), tuple(f"report/{name}" for name in files))
+
+
+def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files: dict[str, bytes]) -> _Section:
+    arm = tuple(keys.items())
+    trials = [t for t in data.trials if t.arm == arm]
+    chosen = {k: v for k, v in keys.items() if k != "study"}
+    extra = ", ".join(f"{k.removeprefix('axis.')} = {v}" for k, v in keys.items() if k.startswith("axis."))
+    cohort = f", cohort seed {keys['cohort_seed']}" if len({t.spec["cohort_seed"] for t in data.trials}) > 1 else ""
+    title = f"{str(keys['task']).capitalize()}{f' ({extra})' if extra else ''}{cohort}"
+    section = _Section(title, verdict.sentence, _tiles(data, chosen, verdict))
+    slug = "_".join([str(keys["task"]), *(str(v) for k, v in keys.items() if k.startswith("axis."))])
+    slug += f"_cohort{keys['cohort_seed']}" if cohort else ""
+    sources = list(data.experiment["sources"])
+    task = str(keys["task"])
+
+    mixtures, reliance = _rows(data.mixtures, chosen), _rows(data.reliance, chosen)
+    curves = figures.accuracy_curves(mixtures, _rows(data.accuracy, chosen), task, sources, f"Accuracy, {task}")
+    label = str(mixtures["interval"].iloc[0])
+    _add(
+        section,
+        files,
+        f"accuracy_{slug}",
+        curves,
+        f"Accuracy of {task} on the three test sets. Bands: 95 % intervals, {label}.",
+    )
+    curves = figures.reliance_curves(reliance, sources, f"Source reliance and skill, {task}")
+    _add(section, files, f"reliance_{slug}", curves, f"Source reliance and skill with 95 % intervals, {label}.")
+    faithfulness = _rows(data.faithfulness, chosen)
+    if not faithfulness.empty:
+        bars = figures.faithfulness_bars(faithfulness, f"Faithfulness of the maps, {task}")
+        n = int(faithfulness["n_images"].max())
+        caption = f"Average drop and increase at half the film masked, {n} films a trial; the random control ranks pixels by chance."
+        _add(section, files, f"faithfulness_{slug}", bars, caption)
+    _add_panels(section, files, data, trials, slug)
+    section.tables.append(_mixture_rows(mixtures, reliance))
+    if not faithfulness.empty:
+        section.tables.append(_faithfulness_rows(faithfulness))
+    _add_specificity(section, _rows(data.specificity, chosen))
+    ids = {t.trial_id for t in trials}
+    if not data.mask_shares.empty:
+        _add_planted_truth(section, data.mask_shares[data.mask_shares["trial_id"].isin(ids)])
+    return section
+
+
+def _tiles(data: ReportData, chosen: dict[str, object], verdict: Verdict) -> list[dict[str, str]]:
+    tiles: list[dict[str, str]] = []
+    for end in (verdict.first, verdict.last):
+        if end is not None:
+            label = f"source reliance at {panels.mixture_name(end.h1_share)}"
+            tiles.append(
+                {"value": f"{end.source_reliance.estimate:+.2f}", "label": f"{label} ({_range(end.source_reliance)})"}
+            )
+    balanced = _rows(data.mixtures, {**chosen, "h1_share": 50, "test_set": "Test-50-50"})
+    if not balanced.empty:
+        row = balanced.iloc[0]
+        label = f"accuracy on Test-50-50 at 50H1-50H2 ({row['accuracy_low']:.0f}–{row['accuracy_high']:.0f} %, n = {row['n']})"
+        tiles.append({"value": f"{row['accuracy']:.1f} %", "label": label})
+    if verdict.slope is not None:
+        value = verdict.slope
+        tiles.append({"value": f"{value.estimate:+.2f}", "label": f"slope of reliance over 0–100 % ({_range(value)})"})
+    return tiles
+
+
+def _range(value: Interval) -> str:
+    return f"{value.low:+.2f} to {value.high:+.2f}"
+
+
+def _add(section: _Section, files: dict[str, bytes], name: str, figure: Figure, caption: str) -> None:
+    picture = figures.png(figure)
+    files[f"figures/{name}.png"] = picture
+    files[f"figures/{name}.svg"] = figures.svg(figure)
+    encoded = base64.b64encode(picture).decode()
+    section.figures.append({"data": encoded, "alt": caption, "caption": caption})
+
+
+def _add_panels(
+    section: _Section, files: dict[str, bytes], data: ReportData, trials: list[FinishedTrial], slug: str
+) -> None:
+    """Add the panels like Fig. 5, 4 and 6 of the first seed's trials that are explained."""
+    if not trials:
+        return
+    first = min(int(t.spec["seed"]) for t in trials)
+    ordered = sorted((t for t in trials if t.spec["seed"] == first), key=lambda t: int(t.spec["h1_share"]))
+    explained = [e for t in ordered if (e := panels.read_explained(t)) is not None]
+    if not explained:
+        return
+    names = list(explained[0].trial.spec["class_names"])
+    grid = panels.class_map_grid(explained, names, "Global class maps")
+    caption = "Class maps: each unique prototype's PRP map on its own source film, scaled to its maximum, averaged over the class."
+    _add(section, files, f"{FIGURES_OF_FILMS}_class_maps_{slug}", grid, caption)
+    spread = [explained[i] for i in sorted({0, len(explained) // 2, len(explained) - 1})]
+    strong = min(explained, key=lambda e: abs(int(e.trial.spec["h1_share"]) - 90))
+    rows = {id(e): _strongest(e) for e in [*spread, strong]}
+    wanted = list(dict.fromkeys(i for e in [*spread, strong] for i in e.image_ids))
+    films = data.study.films(wanted, int(strong.trial.spec["image_size"]))
+    for label in (0, 1):
+        panel = panels.top_images_panel(strong, films, rows[id(strong)][label], names[label])
+        caption = f"The training films that the commonest prototype of “{names[label]}” fires at most, and its PRP maps there."
+        _add(section, files, f"{FIGURES_OF_FILMS}_top_images_{label}_{slug}", panel, caption)
+    chosen = [(e, row) for e in spread for row in rows[id(e)]]
+    panel = panels.prototype_panel(chosen, films, names, "Prototypes on their source films")
+    caption = "A prototype of each class at three mixtures: its source film, the ProtoPNet heat map and the PRP map."
+    _add(section, files, f"{FIGURES_OF_FILMS}_prototypes_{slug}", panel, caption)
+
+
+def _strongest(explained: panels.Explained) -> list[int]:
+    """Return the row of the commonest unique prototype of each class."""
+    table = explained.unique
+    return [int(np.where(table["class"] == label, table["multiplicity"], -1).argmax()) for label in (0, 1)]
+
+
+def _mixture_rows(mixtures: pd.DataFrame, reliance: pd.DataFrame) -> dict[str, Any]:
+    rows = []
+    for share, group in mixtures.groupby("h1_share"):
+        cells = [panels.mixture_name(int(str(share)))]
+        for test_set in figures.TEST_SETS:
+            one = group[group["test_set"] == test_set]
+            cells.append(_with_range(one.iloc[0], "accuracy", ".1f") if len(one) else "–")
+        one = reliance[reliance["h1_share"] == share]
+        cells += [_with_range(one.iloc[0], name, "+.2f") if len(one) else "–" for name in ("source_reliance", "skill")]
+        rows.append([*cells, str(group["seeds"].max())])
+    columns = ["mixture", *figures.TEST_SETS, "source reliance", "skill", "seeds"]
+    return {"title": "Numbers", "columns": columns, "rows": rows, "note": "Accuracy in %; in brackets 95 % intervals."}
+
+
+def _faithfulness_rows(table: pd.DataFrame) -> dict[str, Any]:
+    columns = ["mixture", "test set"]
+    for word, _ in figures.METHODS.values():
+        columns += [f"AD {word}", f"AI {word}"]
+    rows = []
+    for (share, test_set), group in table.groupby(["h1_share", "test_set"]):
+        cells = [panels.mixture_name(int(str(share))), str(test_set)]
+        for method in figures.METHODS:
+            one = group[group["method"] == method]
+            for name in ("average_drop", "average_increase"):
+                cells.append(f"{one[name].mean():.1f}" if len(one) else "–")
+        rows.append([*cells, f"{int(group['n_images'].max())} / {int(group['n_pairs'].max())}"])
+    return {
+        "title": "Average drop (AD) and increase (AI), %",
+        "columns": [*columns, "films / pairs"],
+        "rows": rows,
+        "note": "Means over seeds. Lower drop and higher increase are better. Intervals of every trial: tables/faithfulness.csv.",
+    }
+
+
+def _add_specificity(section: _Section, table: pd.DataFrame) -> None:
+    if table.empty:
+        return
+    numbers = [c for c in table.columns if table[c].dtype.kind == "f"]
+    rows = [
+        [rule, *(f"{group[c].mean():.3f}" for c in numbers), str(len(group))] for rule, group in table.groupby("rule")
+    ]
+    section.tables.append(
+        {
+            "title": "Do the maps depend on which prototype they explain?",
+            "columns": ["rule", *(c.replace("_", " ") for c in numbers), "trials"],
+            "rows": rows,
+            "note": "Correlations near 1 say that a map shows where a prototype fires, hardly which prototype it is.",
+        }
+    )
+
+
+def _add_planted_truth(section: _Section, table: pd.DataFrame) -> None:
+    if table.empty:
+        return
+    rows = []
+    for share, group in table.groupby("h1_share"):
+        cells = [panels.mixture_name(int(str(share)))]
+        for kind in sorted(table["mask"].unique()):
+            one = group[(group["mask"] == kind) & (group["area_share"] > 0)]
+            weights = one["multiplicity"].to_numpy(float)
+            if not len(one):
+                cells += ["–", "–"]
+                continue
+            cells.append(f"{100 * (one['positive_share'] * weights).sum() / weights.sum():.1f} %")
+            cells.append(f"{100 * (one['area_share'] * weights).sum() / weights.sum():.1f} %")
+        rows.append([*cells, str(len(group))])
+    columns = ["mixture"]
+    for kind in sorted(table["mask"].unique()):
+        columns += [f"relevance in {kind}", f"area of {kind}"]
+    section.tables.append(
+        {
+            "title": "Planted truth: where the prototypes' relevance lies",
+            "columns": [*columns, "n"],
+            "rows": rows,
+            "note": "Share of positive PRP relevance inside the planted masks, over prototypes whose film carries one.",
+        }
+    )
+
+
+def _with_range(row: Any, name: str, form: str) -> str:
+    return f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"
+
+
+def _rows(table: pd.DataFrame, wanted: dict[str, object]) -> pd.DataFrame:
+    keep = pd.Series(data=True, index=table.index)
+    for key, value in wanted.items():
+        if key in table.columns:
+            keep &= table[key] == value
+    return table[keep]
+
+
+def _page(data: ReportData, sections: list[_Section]) -> str:
+    counts = data.status.counts
+    training, model = data.experiment["training"], data.experiment["model"]
+    notes = [str(n) for n in data.experiment["notes"]]
+    if model["weights"] == "none":
+        notes.append(
+            "The backbones start from random weights; absolute accuracies cannot be compared with the paper's."
+        )
+    if training["last_layer_bn"] == "frozen":
+        notes.append(
+            "In the last-layer stage batch norm is frozen, so that every prototype stays a patch of a training film; the published code lets it drift."
+        )
+    if len(data.experiment["seeds"]) == 1:
+        notes.append(
+            "One training run a mixture: intervals are conditional on these runs; add seeds to cover training."
+        )
+    notes.append("The best state is chosen on a validation set that is mixed like the training set, as in the paper.")
+    states = ", ".join(f"{n} {state}" for state, n in counts.items() if n and state != "finished")
+    unfinished = [(t.trial_id, t.state, t.message) for t in data.status.trials if t.state != "finished"]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raystudy.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("page.html.j2").render(
+        study=data.study.name,
+        n_finished=counts["finished"],
+        n_trials=len(data.status.trials),
+        states=states,
+        sections=sections,
+        sources=list(data.experiment["sources"]),
+        notes=notes,
+        unfinished=unfinished,
+    )
