@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 from raystudy.errors import StudyError
 from raystudy.object_stores import ArrowFolder
 from raystudy.storage import Storage, open_storage
-from tests.s3_server import ADMIN, READER, S3Server
+from tests.s3_server import ADMIN, READER, Door, S3Server
 
 AWKWARD = ["a b", "ü/é", "p%20q", "x#y", "t~z", "a+b=c", "{q}", "[z]", "a*b?", "…", "H1:0003", ".hidden", "a.json.gz"]
 
@@ -332,7 +333,34 @@ def test_a_server_that_is_not_there_is_named_in_time(monkeypatch: pytest.MonkeyP
     assert time.monotonic() - started < 10
 
 
+def check_that_nothing_is_lost(storage: Storage, go: Callable[[], None], come_back: Callable[[], None]) -> None:
+    storage.write_bytes("before", b"kept")
+    go()
+    with ThreadPoolExecutor(3) as pool:
+        reading = pool.submit(storage.read_bytes, "before")
+        writing = pool.submit(storage.write_bytes, "during", b"written late")
+        creating = pool.submit(storage.create_exclusive, "lock", b"me")
+        time.sleep(1)
+        waiting = [not task.done() for task in (reading, writing, creating)]
+        come_back()
+        assert reading.result() == b"kept"
+        assert creating.result()
+        writing.result()
+    assert waiting == [True] * 3
+    assert storage.list() == ["before", "during", "lock"]
+
+
 def test_a_server_that_goes_and_comes_back_loses_nothing(
+    s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = Door(s3_server.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{door.port}")
+    check_that_nothing_is_lost(open_storage(s3_bucket), door.close, door.open)
+    door.close()
+
+
+@pytest.mark.faults
+def test_a_server_that_is_killed_and_started_again_loses_nothing(
     tmp_path: Path, s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = S3Server(tmp_path)
@@ -340,21 +368,7 @@ def test_a_server_that_goes_and_comes_back_loses_nothing(
     server.start()
     try:
         server.create_bucket("studies")
-        storage = open_storage("s3://studies/x")
-        storage.write_bytes("before", b"kept")
-        server.stop()
-        with ThreadPoolExecutor(3) as pool:
-            reading = pool.submit(storage.read_bytes, "before")
-            writing = pool.submit(storage.write_bytes, "during", b"written late")
-            creating = pool.submit(storage.create_exclusive, "lock", b"me")
-            time.sleep(1)
-            assert not reading.done()
-            assert not writing.done()
-            server.start()
-            assert reading.result() == b"kept"
-            assert creating.result()
-            writing.result()
-        assert storage.list() == ["before", "during", "lock"]
+        check_that_nothing_is_lost(open_storage("s3://studies/x"), server.stop, server.start)
     finally:
         server.stop()
 
