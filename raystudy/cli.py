@@ -197,7 +197,8 @@ def explain(
     from raystudy.study import Study
 
     tree = _load(experiment, overrides, storage)
-    for path in explain_images(Study.at(tree.storage, tree.name).require(), trial, images, tree.explain):
+    study = Study.at(tree.storage, tree.name).require()
+    for path in explain_images(study, trial, images, tree.explain, tree.images):
         print(path)
 
 
