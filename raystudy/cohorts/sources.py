@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 
+from raystudy.cohorts.chexpert import read_chexpert
+from raystudy.cohorts.dicom import read_dicom
 from raystudy.cohorts.manifest import read_manifest
+from raystudy.cohorts.nih import read_nih
 from raystudy.cohorts.phantom import films_storage, phantom_table
-from raystudy.cohorts.settings import CohortSettings, ManifestSource, PhantomSource, Source
+from raystudy.cohorts.settings import ChexpertSource, CohortSettings, ManifestSource, NihSource, PhantomSource, Source
 from raystudy.cohorts.tables import SourceTable, checked_rows
 from raystudy.cohorts.vocabulary import bits, canonical_finding
 from raystudy.storage import Storage
@@ -28,7 +31,11 @@ def read_source(name: str, source: Source, cohort: CohortSettings, storage: Stor
         return read_manifest(name, source)
     if isinstance(source, PhantomSource):
         return _phantom(name, source, storage)
-    raise NotImplementedError(source.kind)
+    if isinstance(source, NihSource):
+        return read_nih(name, source, cohort)
+    if isinstance(source, ChexpertSource):
+        return read_chexpert(name, source, cohort)
+    return read_dicom(name, source)
 
 
 def _phantom(name: str, source: PhantomSource, storage: Storage) -> SourceTable:

@@ -237,7 +237,7 @@ def _failing_rows(rule: str, failing: pd.Series) -> str:
 _BAD_PATH = re.compile(r"(^|/)\.\.?(/|$)|^/|^~|^[A-Za-z]:|\\|//|/$|^$|://|[\x00-\x1f\x7f]")
 
 
-def _stays_below(paths: pd.Series) -> pd.Series:
+def path_stays_below(paths: pd.Series) -> pd.Series:
     codes, unique = pd.factorize(paths)
     good = np.array([_BAD_PATH.search(str(path)) is None for path in unique], bool)
     return pd.Series(good[codes] if len(unique) else np.zeros(0, bool), index=paths.index)
@@ -250,7 +250,7 @@ def _plain(texts: pd.Series) -> pd.Series:
 _RAW_ROWS = pa.DataFrameSchema(
     {
         "path": pa.Column(
-            None, pa.Check(_stays_below, error="the image path must be relative and stay below its root")
+            None, pa.Check(path_stays_below, error="the image path must be relative and stay below its root")
         ),
         "original": pa.Column(
             None,
@@ -343,6 +343,7 @@ def _described(cases: pd.DataFrame, raw: pd.DataFrame) -> str:
 
 def _check_given_splits(raw: pd.DataFrame, where: str) -> None:
     """A patient whose films stand in two given splits would be trained and tested on."""
+    raw = raw[raw["split"] != "unused"]
     given = raw[raw["split"] != ""]
     several = given.groupby("patient")["split"].nunique()
     torn = several.index[several > 1]

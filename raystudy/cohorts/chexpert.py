@@ -1,0 +1,97 @@
+"""CheXpert, small or full-size (source kind ``chexpert``).
+
+In flow ``train.csv`` and ``valid.csv``; out flow the checked rows.  A ``Path`` begins with the data set's own folder
+(``CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg``), so it is relative to the folder above; the
+patient is read from it.  Labels are 1, 0, −1 (uncertain) or blank (not mentioned).
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from raystudy.cohorts.settings import ChexpertSource, CohortSettings
+from raystudy.cohorts.tables import SourceTable, checked_rows, flag_masks, read_text_table, refuse_rows
+from raystudy.cohorts.vocabulary import canonical_finding
+from raystudy.errors import StudyError
+from raystudy.storage import Storage, open_storage
+
+FOLDERS = ("", "CheXpert-v1.0-small/", "CheXpert-v1.0/")
+LABELS = (
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
+    "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
+)  # fmt: skip
+FINDINGS = {label: str(canonical_finding(label)) for label in LABELS}
+PATH, ORIENTATION, VIEW = "Path", "Frontal/Lateral", "AP/PA"
+_FILE = r"(?P<patient>patient[0-9]+)/study[0-9]+/view[0-9]+_(?:frontal|lateral)\.jpg"
+_PATH = rf"[^/\\]+/(?P<original>(?:train|valid|test)/{_FILE})"
+
+
+def read_chexpert(name: str, source: ChexpertSource, cohort: CohortSettings) -> SourceTable:
+    """Read the rows of CheXpert.
+
+    Raises
+    ------
+    StudyError : a table that is missing or cannot be read, or rows that break a rule.
+    """
+    root = open_storage(source.root)
+    train = source.train or _first(root, "train.csv")
+    if train is None:
+        raise StudyError(
+            "there is no CheXpert train.csv here", where=root.uri, remedy="name the data set's folder, or set `train`"
+        )
+    valid = source.valid or _first(root, "valid.csv")
+    if valid is None and cohort.h2_test == "official_valid":
+        raise StudyError(
+            "h2_test: official_valid needs valid.csv", where=root.uri, remedy="put it here, or set `valid`"
+        )
+    images = open_storage(source.images) if source.images else _folder(root, train)
+    official = cohort.h2_test == "official_valid"
+    parts = [_table(root, train, "train_val" if official else "")]
+    notes = [f"{len(parts[0])} rows of {root.address(train)}"]
+    if valid is not None:
+        parts.append(_table(root, valid, "test" if official else "unused"))
+        use = "the test split" if official else "not used (h2_test: holdout)"
+        notes.append(f"{len(parts[1])} rows of {root.address(valid)}: {use}")
+    raw = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
+    return SourceTable(name, checked_rows(name, raw, images, root.address(train)), tuple(notes))
+
+
+def _first(root: Storage, table: str) -> str | None:
+    paths = (f"{folder}{table}{packed}" for folder in FOLDERS for packed in ("", ".gz"))
+    return next((path for path in paths if root.exists(path)), None)
+
+
+def _folder(root: Storage, table: str) -> Storage:
+    folder = table.rpartition("/")[0]
+    return root.child(*folder.split("/")) if folder else root
+
+
+def _table(root: Storage, path: str, split: str) -> pd.DataFrame:
+    where = root.address(path)
+    frame = read_text_table(root, path, [PATH, ORIENTATION, VIEW, *LABELS])
+    parts = frame[PATH].str.extract(f"^{_PATH}$")
+    odd = parts["original"].isna()
+    if odd.any():
+        refuse_rows(
+            "the path is not like CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg",
+            frame.loc[odd, PATH],
+            where,
+        )
+    odd = ~frame[ORIENTATION].isin(["Frontal", "Lateral"])
+    if odd.any():
+        refuse_rows("Frontal/Lateral is neither", frame.loc[odd, ORIENTATION], where)
+    odd = ~frame[VIEW].isin(["AP", "PA", "LL", "RL", ""])
+    if odd.any():
+        refuse_rows("AP/PA is not AP, PA, LL, RL or blank", frame.loc[odd, VIEW], where)
+    # 17 frontal rows carry LL or RL: frontal, of unknown direction.
+    view = frame[VIEW].where(frame[VIEW].isin(["AP", "PA"]), "").where(frame[ORIENTATION] == "Frontal", "LATERAL")
+    return pd.DataFrame(
+        {
+            "path": parts["original"],
+            "original": parts["original"],
+            "patient": parts["patient"],
+            "view": view,
+            "split": pd.Series(split, index=frame.index, dtype="str"),
+            **flag_masks(frame, FINDINGS, where),
+        }
+    )

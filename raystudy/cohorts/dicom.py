@@ -1,0 +1,306 @@
+"""DICOM films: who is on them (source kind ``dicom``) and their grey values.
+
+In flow a folder whose topmost folders name the findings, or a table; out flow the checked rows, or one film's samples.
+Only the header fields listed here are read: names, dates and other identifying fields stay in the file.  pydicom and
+its plug-ins come with the extra ``raystudy[dicom]`` and are imported when the first DICOM file is read.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from raystudy.cohorts.manifest import canonical_splits, canonical_views, read_findings, refuse_unknown
+from raystudy.cohorts.settings import DicomSource
+from raystudy.cohorts.tables import SourceTable, checked_rows, path_stays_below, read_text_table, refuse_rows
+from raystudy.cohorts.vocabulary import parse_labels
+from raystudy.errors import StudyError
+from raystudy.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+HEADER_FIELDS = ["PatientID", "ViewPosition", "Modality", "Rows", "Columns"]
+PIXEL_FIELDS = [
+    "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PlanarConfiguration", "PhotometricInterpretation",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "RescaleSlope",
+    "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction", "WindowCenter", "WindowWidth",
+    "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
+    "BluePaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData",
+    "BluePaletteColorLookupTableData", "PixelData",
+]  # fmt: skip
+RADIOGRAPHS = ("CR", "DX", "RG", "OT", "")
+HEAD_BYTES = 1 << 16
+READERS = 16
+DEFLATED = "1.2.840.10008.1.2.1.99"
+# What pydicom and its decoders raise on bytes that are no sound DICOM film.
+_DAMAGE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RuntimeError,
+    TypeError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
+
+
+def read_dicom(name: str, source: DicomSource) -> SourceTable:
+    """Read the rows of a DICOM source.
+
+    Raises
+    ------
+    StudyError : a table or folder that cannot be read, files that are no DICOM radiographs, rows that break a rule.
+    """
+    root = open_storage(source.root)
+    raw, where = _folder_rows(root, source) if source.table is None else _table_rows(root, source.table, source)
+    return SourceTable(name, checked_rows(name, raw, root, where), (f"{len(raw)} DICOM files of {where}",))
+
+
+def _folder_rows(root: Storage, source: DicomSource) -> tuple[pd.DataFrame, str]:
+    where = root.uri
+    files = pd.Series([f for f in root.list() if f.rpartition("/")[2] != "DICOMDIR"], dtype="str")
+    if files.empty:
+        raise StudyError("there are no files here", where=where, remedy="name the folder of the DICOM files as `root`")
+    loose = ~files.str.contains("/")
+    if loose.any():
+        refuse_rows(
+            "the file lies in no folder that names its finding", files[loose], where, "sort it, or give a `table`"
+        )
+    folder = files.str.partition("/")[0]
+    found, unknown = parse_labels(folder, source.separator, source.findings)
+    if unknown:
+        refuse_unknown(folder, unknown, where)
+    headers = _read_headers(root, files, where)
+    return pd.DataFrame(
+        {
+            "path": files,
+            "original": files,
+            "patient": headers["patient"],
+            "view": canonical_views(headers, "view", "", where),
+            "split": "",
+            "found": found,
+            "uncertain": 0,
+            "negated": 0,
+        }
+    ), where
+
+
+def _table_rows(root: Storage, table: str, source: DicomSource) -> tuple[pd.DataFrame, str]:
+    where, columns = root.address(table), source.columns
+    wanted = [c for c in columns.model_dump().values() if c is not None]
+    frame = read_text_table(root, table, [*wanted, *source.finding_columns])
+    files = frame[columns.file].str.replace(r"^(\./)+", "", regex=True)
+    bad = ~path_stays_below(files)
+    if bad.any():
+        refuse_rows("the file must be relative and stay below its root", files[bad], where)
+    masks = read_findings(
+        frame, columns.findings, columns.uncertain, source.finding_columns, source.findings, source.separator, where
+    )
+    headers = pd.DataFrame(index=frame.index)
+    if columns.patient is None or columns.view is None:
+        headers = _read_headers(root, files, where)
+    views, view = (frame, columns.view) if columns.view is not None else (headers, "view")
+    return pd.DataFrame(
+        {
+            "path": files,
+            "original": files,
+            "patient": frame[columns.patient] if columns.patient is not None else headers["patient"],
+            "view": canonical_views(views, view, "", where),
+            "split": canonical_splits(frame, columns.split, where),
+            **masks,
+        }
+    ), where
+
+
+def _read_headers(root: Storage, files: pd.Series, where: str) -> pd.DataFrame:
+    """Return patient and view of each file, (N, 2) text."""
+    _require_pydicom()
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda path: _header(root, path), files))
+    failed = np.array([isinstance(f, str) for f in found], bool)
+    if failed.any():
+        reasons = pd.Series([f"{p}: {f}" for p, f in zip(files, found, strict=True)], index=files.index)[failed]
+        refuse_rows("the file is no DICOM radiograph", reasons, where)
+    return pd.DataFrame(found, columns=["patient", "view"], index=files.index, dtype="str")
+
+
+def _header(root: Storage, path: str) -> tuple[str, str] | str:
+    """Return (patient, view), or the reason why the file cannot be used."""
+    file_system, base = root.filesystem()
+    try:
+        with file_system.open_input_file(f"{base.rstrip('/')}/{path}") as file:
+            head, size = file.read(HEAD_BYTES), file.size()
+        fields = _fields(head) if size <= HEAD_BYTES or _deflated_at(head) is None else None
+        if fields is None:
+            fields = _fields(root.read_bytes(path))
+    except FileNotFoundError:
+        return "there is no such file"
+    except _DAMAGE as error:
+        return " ".join(str(error).split())[:120] or type(error).__name__
+    patient, view, modality = fields or ("", "", "")
+    if modality not in RADIOGRAPHS:
+        return f"its modality is {modality}"
+    return patient, view
+
+
+def _fields(data: bytes) -> tuple[str, str, str] | None:
+    """Return patient, view and modality; None when the head ends before the header does."""
+    from pydicom import dcmread
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = io.BytesIO(data)
+        header = dcmread(file, stop_before_pixels=True, specific_tags=HEADER_FIELDS)
+        if len(data) == HEAD_BYTES and file.tell() >= len(data):
+            return None
+        if "Rows" not in header or "Columns" not in header:
+            raise ValueError("it holds no image")
+        values = (header.get(field) for field in ("PatientID", "ViewPosition", "Modality"))
+        patient, view, modality = ("" if value is None else str(value).strip() for value in values)
+    return patient, view, modality
+
+
+def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Decode one DICOM film to grey, black = 0.
+
+    The modality transformation comes first, then the first VOI LUT, or else the first window, over the full range of
+    the result.  Where there is neither, samples of up to 8 bits are kept and deeper ones run from the film's smallest
+    value to its largest.  MONOCHROME1 is inverted; padding is black; colour becomes ITU-R 601 luma (PS3.3 C.11.1-2).
+
+    Parameters
+    ----------
+    pixel_cap : the most pixels that a header may announce.
+
+    Returns
+    -------
+    (H, W) : uint8 for samples of up to 8 bits, else uint16 over 0…65535.
+
+    Raises
+    ------
+    ValueError : a file that is damaged, has no or several frames, or exceeds the cap.
+    StudyError : the extra, or the plug-in for this compression, is not installed.
+    """
+    _require_pydicom()
+    from pydicom import dcmread
+    from pydicom.pixels.decoders.base import get_decoder
+
+    limit = (pixel_cap or 1 << 28) * 6 + HEAD_BYTES
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _check_deflated(data, limit)
+            film = dcmread(io.BytesIO(data), specific_tags=PIXEL_FIELDS)
+            _check_image(film, pixel_cap)
+            syntax = film.file_meta.TransferSyntaxUID
+            if syntax.is_encapsulated and not get_decoder(syntax).is_available:
+                raise StudyError(
+                    f"no plug-in can read DICOM compressed as {syntax.name}", remedy="pip install 'raystudy[dicom]'"
+                )
+            return _grey(film)
+        except _DAMAGE as error:
+            text = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"DICOM: {text}") from error
+
+
+def _require_pydicom() -> None:
+    try:
+        import pydicom  # noqa: F401 (only whether it is there)
+    except ImportError:
+        raise StudyError("reading DICOM needs the extra `dicom`", remedy="pip install 'raystudy[dicom]'") from None
+
+
+def _deflated_at(data: bytes) -> int | None:
+    """Return where the deflated data set begins, or None when the file is not deflated."""
+    if data[128:136] != b"DICM\x02\0\0\0" or DEFLATED.encode() not in data[:1024]:
+        return None
+    return 144 + int.from_bytes(data[140:144], "little")
+
+
+def _check_deflated(data: bytes, limit: int) -> None:
+    start = _deflated_at(data)
+    if start is not None and len(zlib.decompressobj(-15).decompress(data[start:], limit + 1)) > limit:
+        raise ValueError("decompression bomb: the deflated data set is larger than the pixel cap allows")
+
+
+def _check_image(film: Dataset, pixel_cap: int | None) -> None:
+    if "PixelData" not in film or "Rows" not in film or "Columns" not in film:
+        raise ValueError("it holds no image")
+    rows, columns = int(film.Rows), int(film.Columns)
+    if pixel_cap is not None and rows * columns > pixel_cap:
+        raise ValueError(f"decompression bomb: {columns} × {rows}, the cap is {pixel_cap} pixels")
+    if int(film.get("NumberOfFrames") or 1) != 1:
+        raise ValueError(f"animated: {film.NumberOfFrames} frames")
+
+
+def _grey(film: Dataset) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    from pydicom.pixels.processing import apply_color_lut
+
+    samples = film.pixel_array
+    kind = str(film.PhotometricInterpretation)
+    if kind == "PALETTE COLOR":
+        samples = apply_color_lut(samples, film)
+    if samples.ndim == 3:
+        # 8 bits of 8 or 16 of 16: pydicom has turned YBR into RGB. The weights are ITU-R 601's, in 1/65536.
+        weighted = samples[..., :3].astype(np.uint64) @ np.array([19595, 38470, 7471], np.uint64)
+        luma = (weighted + (1 << 15)) >> 16
+        return luma.astype(np.uint8) if samples.dtype == np.uint8 else luma.astype(np.uint16)
+    if kind not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"photometric interpretation {kind} of one sample a pixel is not known")
+    padded = _padding(samples, film)
+    deep = int(film.BitsStored) > 8
+    full = 65535 if deep else 255
+    grey = np.rint(_shown(samples, padded, film) * full)
+    if kind == "MONOCHROME1":
+        grey = full - grey
+    grey[padded] = 0
+    return grey.astype(np.uint16) if deep else grey.astype(np.uint8)
+
+
+def _padding(samples: np.ndarray, film: Dataset) -> NDArray[np.bool_]:
+    value = film.get("PixelPaddingValue")
+    return samples == int(value) if value is not None else np.zeros(samples.shape, bool)
+
+
+def _shown(samples: np.ndarray, padded: np.ndarray, film: Dataset) -> NDArray[np.float64]:
+    """Return the values after modality and VOI transformation, in 0…1."""
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi
+
+    values = apply_modality_lut(samples, film)
+    if film.get("VOILUTSequence"):
+        depth = int(film.VOILUTSequence[0].LUTDescriptor[2])
+        return apply_voi(values, film).astype(np.float64) / (2**depth - 1)
+    values = values.astype(np.float64)
+    center, width = _first_number(film, "WindowCenter"), _first_number(film, "WindowWidth")
+    if center is not None and width is not None:
+        return _windowed(values, center, width, str(film.get("VOILUTFunction") or "LINEAR").upper())
+    if int(film.BitsStored) <= 8 and int(film.PixelRepresentation) == 0 and "ModalityLUTSequence" not in film:
+        return samples.astype(np.float64) / 255
+    inside = values[~padded]
+    low, high = (float(inside.min()), float(inside.max())) if inside.size else (0.0, 0.0)
+    return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros(values.shape)
+
+
+def _first_number(film: Dataset, field: str) -> float | None:
+    value = film.get(field)
+    if value is None or value == "":
+        return None
+    return float(value[0]) if hasattr(value, "__getitem__") and not isinstance(value, str) else float(value)
+
+
+def _windowed(values: NDArray[np.float64], center: float, width: float, function: str) -> NDArray[np.float64]:
+    """Map a window to 0…1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    if not (np.isfinite(center) and np.isfinite(width)) or width < (1 if function == "LINEAR" else 1e-9):
+        raise ValueError(f"the window {center}/{width} is not possible")
+    if function == "LINEAR":
+        if width == 1:
+            return (values > center - 0.5).astype(np.float64)
+        return np.clip((values - (center - 0.5)) / (width - 1) + 0.5, 0, 1)
+    if function == "LINEAR_EXACT":
+        return np.clip((values - center) / width + 0.5, 0, 1)
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
+    raise ValueError(f"the VOI LUT function {function} is not known")
