@@ -58,7 +58,7 @@ class PhantomSettings:
             and self.pneumonia_share + self.healthy_share <= 1,
             "sign_strength must lie in 0..3": 0 <= self.sign_strength <= 3,
             "tag_visibility must lie in 0..1": 0 <= self.tag_visibility <= 1,
-            "tag_share ± tag_association / 2 must lie in 0..1": 0 <= min(low, high) and max(low, high) <= 1,
+            "tag_share ± tag_association / 2 must lie in 0..1": min(low, high) >= 0 and max(low, high) <= 1,
             "collimation must lie in 0..2": 0 <= self.collimation <= 2,
             "gain must lie in 0..2": 0 <= self.gain <= 2,
             "noise must lie in 0..5": 0 <= self.noise <= 5,
