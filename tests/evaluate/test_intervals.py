@@ -59,6 +59,17 @@ def test_components_of_a_two_way_layout_are_recovered() -> None:
     assert found.seeds == pytest.approx(a / k + e / (k * n), rel=0.3)
 
 
+def test_interaction_is_taken_once_and_the_patients_part_is_never_narrowed() -> None:
+    # Three orthogonal columns of +-1: resamples without any patient effect. V = 1/3, single runs 1, I = (1 - 1/3)/2 = V.
+    rows = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=float)
+    found = components(np.array([-1.0, 0.0, 1.0]), rows)
+    assert (found.patients, found.interaction, found.seeds) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    interval = plain_interval(np.array([-1.0, 0.0, 1.0]), rows)
+    assert interval.high == pytest.approx(np.sqrt(t.ppf(0.975, 2) ** 2 / 3))  # z^2 V - z^2 I + t^2 S
+    alike = plain_interval(np.zeros(3), rows)
+    assert alike.high == pytest.approx(Z * np.sqrt(1 / 3))
+
+
 def test_one_seed_is_labelled_conditional_and_several_are_not() -> None:
     weights = weights_of(50, 200)
     correct = (np.arange(50) % 3 > 0).astype(float)[:, None]
