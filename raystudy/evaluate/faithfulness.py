@@ -122,12 +122,15 @@ def faithfulness_shares(
     present = [m for m in METHODS if (runs[0]["method"] == m).any()]
     parts = {m: [_Pairs(run, m) for run in runs] for m in present}
     found: dict[str, tuple[Share, Share]] = {}
+    if not parts:
+        return found
+    first = parts[present[0]][0]
+    ids, first_row = np.unique(first.image, return_index=True)
+    patients = [str(p) for p in first.patient[first_row]]
+    sources = [str(p) for p in first.source[first_row]]
+    weights, n_patients, n_strata = Patients(patients, study_seed, resamples).image_weights(patients, sources)
+    seeds = tuple(range(len(runs)))
     for method, columns in parts.items():
-        ids, first_row = np.unique(columns[0].image, return_index=True)
-        patients = [str(p) for p in columns[0].patient[first_row]]
-        sources = [str(p) for p in columns[0].source[first_row]]
-        weights, n_patients, n_strata = Patients(patients, study_seed, resamples).image_weights(patients, sources)
-        seeds = tuple(range(len(runs)))
         both: list[Share] = []
         for measure in (relative_drop, increased):
             values = np.stack([c.image_means(ids, measure(c.score, c.masked)) for c in columns], axis=1)  # N, k

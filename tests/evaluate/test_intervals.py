@@ -60,7 +60,7 @@ def test_components_of_a_two_way_layout_are_recovered() -> None:
 
 
 def test_interaction_is_taken_once_and_the_patients_part_is_never_narrowed() -> None:
-    # Three orthogonal columns of +-1: resamples without any patient effect. V = 1/3, single runs 1, I = (1 - 1/3)/2 = V.
+    # Three orthogonal columns of +-1: resamples without a patient effect. V = 1/3, one run 1, I = (1 - 1/3)/2 = V.
     rows = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=float)
     found = components(np.array([-1.0, 0.0, 1.0]), rows)
     assert (found.patients, found.interaction, found.seeds) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
