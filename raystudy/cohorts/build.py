@@ -246,6 +246,14 @@ def _draw(pools: _Pools, mixtures: tuple[int, ...], names: tuple[str, str]) -> t
         n = smallest if wanted is None else min(wanted, smallest) if settings.shrink else wanted
         # Where no number is asked for, each class needs at least one film.
         need = largest_cells(shares, max(n, 1), settings.rounding)
+        if n and not all(
+            sum(size for (_, label), size in cell_sizes(x, n, settings.rounding).items() if label) for x in shares
+        ):
+            raise StudyError(
+                f"task {task}, {split}: {n} films per class leave a mixture without any",
+                where="cohort.rounding",
+                remedy=f"rounding: half_up, or more films per class in {split}",
+            )
         sizes[split] = n
         for x, drawn in orders.items():
             kept[split, x] = {cell: order[:n] for cell, order in drawn.items()}
