@@ -2,11 +2,8 @@
 
 Each backend knows seven verbs (read, write, create, exists, list, stat, delete) over keys with forward slashes, and
 turns what its service answers into ``FileNotFoundError`` (no such file), ``FileExistsError`` or a ``StudyError`` that
-names the remedy.  ``raystudy.storage`` builds everything else on these verbs.
-
-S3 goes through obstore: one request a read, one PUT a write, and the conditional PUT that pyarrow.fs does not have.
-Requests that fail because the server is away are repeated for ``retry_seconds``; the loop is in Python so that Ctrl-C
-works while the server is gone.
+names the remedy.  ``raystudy.storage`` builds everything else on these verbs.  S3 is
+in ``raystudy.s3_bucket``, which alone needs obstore.
 """
 
 from __future__ import annotations
@@ -15,26 +12,16 @@ import contextlib
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-import obstore
 import pyarrow.fs
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import S3Store
 
 from raystudy.errors import StudyError
 
-T = TypeVar("T")
-
-_opened_by: dict[str, int] = {}  # obstore's threads do not survive a fork: the child would wait for ever
-
 ASIDE = re.compile(r"^\.[^/]*\.aside-[0-9a-f]+$")  # a file that is being written; never listed
-SINGLE_PUT_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -160,150 +147,6 @@ class LocalFolder:
             where=str(self.root / key),
             remedy="give a folder that this user may read and write, with free space, as --storage",
         )
-
-
-class S3Bucket:
-    """A bucket and a prefix; endpoint, region and credentials come from the environment (AWS_*)."""
-
-    def __init__(self, bucket: str, prefix: str, retry_seconds: float) -> None:
-        self.bucket, self.prefix, self.retry_seconds = bucket, prefix, retry_seconds
-        self.endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        self.region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        if self.endpoint and not os.environ.get("AWS_ACCESS_KEY_ID"):
-            raise StudyError(
-                "there are no credentials for the object storage",
-                where=self._uri(""),
-                remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment of raystudy and of Ray",
-            )
-        options: dict[str, object] = {"region": self.region}
-        if self.endpoint:
-            options["endpoint"] = self.endpoint
-        self.store = S3Store(
-            bucket,
-            config=options,  # pyright: ignore[reportArgumentType]
-            client_options={
-                "allow_http": (self.endpoint or "").startswith("http://"),
-                "connect_timeout": "5s",
-                "read_timeout": "60s",
-                "timeout": "900s",
-            },
-            retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
-        )
-
-    def read(self, key: str) -> bytes:
-        return self._ask(key, lambda path: bytes(obstore.get(self.store, path).bytes()))
-
-    def write(self, key: str, data: bytes) -> None:
-        self._ask(key, lambda path: self._put(path, data, "overwrite"))
-
-    def create(self, key: str, data: bytes) -> None:
-        tries = 0
-
-        def put(path: str) -> None:
-            nonlocal tries
-            tries += 1
-            try:
-                self._put(path, data, "create")
-            except AlreadyExistsError:
-                # After a lost answer the object may be our own; its content tells.
-                if tries == 1 or bytes(obstore.get(self.store, path).bytes()) != data:
-                    raise
-
-        self._ask(key, put)
-
-    def exists(self, key: str) -> bool:
-        try:
-            self._ask(key, lambda path: obstore.head(self.store, path))
-        except FileNotFoundError:
-            return False
-        return True
-
-    def list(self, prefix: str) -> Iterator[str]:
-        found = self._ask(prefix, lambda path: obstore.list(self.store, path or None).collect())
-        start = len(self.prefix) + 1 if self.prefix else 0
-        return (str(entry["path"])[start:] for entry in found)
-
-    def stamps(self, folder: str) -> dict[str, FileStamp]:
-        found = self._ask(folder, lambda path: obstore.list_with_delimiter(self.store, path or None))["objects"]
-        return {
-            str(entry["path"]).rsplit("/", 1)[-1]: FileStamp(int(entry["size"]), str(entry["e_tag"])) for entry in found
-        }
-
-    def delete(self, key: str) -> None:
-        self._ask(key, lambda path: obstore.delete(self.store, path))
-
-    def delete_tree(self, prefix: str) -> None:
-        keys = [self._path(key) for key in self.list(prefix)]
-        for start in range(0, len(keys), 1000):
-            self._ask(prefix, lambda _, part=keys[start : start + 1000]: obstore.delete(self.store, part))
-
-    def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        options: dict[str, object] = {}
-        if self.endpoint:
-            scheme, _, host = self.endpoint.rstrip("/").rpartition("://")
-            options = {"endpoint_override": host, "scheme": scheme or "https"}
-        file_system = pyarrow.fs.S3FileSystem(region=self.region, connect_timeout=5, request_timeout=120, **options)
-        return file_system, f"{self.bucket}/{self.prefix}".rstrip("/")
-
-    def _path(self, key: str) -> str:
-        return "/".join(part for part in (self.prefix, key) if part)
-
-    def _uri(self, key: str) -> str:
-        return f"s3://{self.bucket}/{self._path(key) if key else self.prefix}".rstrip("/")
-
-    def _put(self, path: str, data: bytes, mode: str) -> None:
-        large = len(data) > SINGLE_PUT_BYTES and mode == "overwrite"
-        obstore.put(self.store, path, data, mode=mode, use_multipart=large)  # pyright: ignore[reportArgumentType]
-
-    def _ask(self, key: str, request: Callable[[str], T]) -> T:
-        """Send one request; repeat it while the server is away, at most ``retry_seconds``."""
-        if _opened_by.setdefault("pid", os.getpid()) != os.getpid():
-            raise RuntimeError("object storage was opened before this process was forked; start processes with spawn")
-        path, pause, deadline = self._path(key), 0.1, time.monotonic() + self.retry_seconds
-        while True:
-            try:
-                return request(path)
-            except AlreadyExistsError as error:
-                raise FileExistsError(self._uri(key)) from error
-            except FileNotFoundError as error:
-                if "NoSuchBucket" in str(error):
-                    raise self._refusal(key, str(error)) from None
-                raise FileNotFoundError(self._uri(key)) from None
-            except BaseError as error:
-                text = str(error)
-                away = not isinstance(error, PermissionDeniedError | UnauthenticatedError) and not re.search(
-                    r"status code: (3|4(?!29|08))|\(code: |InvalidPath|Path", text
-                )
-                if not away or time.monotonic() + pause > deadline:
-                    raise self._refusal(key, text) from error
-            time.sleep(pause)
-            pause = min(2 * pause, 2.0)
-
-    def _refusal(self, key: str, text: str) -> StudyError:
-        server = self.endpoint or "AWS"
-        code = (
-            re.search(r"<Code>(\w+)</Code>|\(code: (\w+)\)", text) or re.search(r"status code: (\d+)", text)
-        ) or None
-        answer = next(group for group in code.groups() if group) if code else ""
-        if answer in {"SignatureDoesNotMatch", "InvalidAccessKeyId", "401", "ExpiredToken", "InvalidToken"}:
-            what = f"the object storage refuses the credentials ({answer})"
-            remedy = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN)"
-        elif answer == "NoSuchBucket":
-            what = f"there is no bucket {self.bucket!r} on {server}"
-            remedy = "create the bucket, or correct its name or AWS_ENDPOINT_URL"
-        elif answer in {"AccessDenied", "403"}:
-            what = f"the object storage denies the access ({answer})"
-            remedy = f"check the secret, and that the key may read and write in the bucket {self.bucket!r}"
-        elif answer in {"InternalError", "SlowDown", "ServiceUnavailable"} or answer.startswith("5"):
-            what = f"the object storage fails ({answer}), also after {self.retry_seconds:.0f} s"
-            remedy = "look at the server (full disk, overload); nothing is lost, run the same command again"
-        elif answer:
-            what = f"the object storage refuses the request ({answer})"
-            remedy = "check the bucket's name, AWS_REGION and AWS_ENDPOINT_URL"
-        else:
-            what = f"no answer from {server} within {self.retry_seconds:.0f} s"
-            remedy = "start the server or correct AWS_ENDPOINT_URL; nothing is lost, run the same command again"
-        return StudyError(what, where=self._uri(key), remedy=remedy)
 
 
 class ArrowFolder:

@@ -24,7 +24,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from raystudy.errors import StudyError
-from raystudy.object_stores import ArrowFolder, Backend, FileStamp, LocalFolder, S3Bucket
+from raystudy.object_stores import ArrowFolder, Backend, FileStamp, LocalFolder
 
 RETRY_SECONDS = 60.0
 EVENT_READERS = 16  # concurrent requests when events are read from object storage
@@ -150,7 +150,7 @@ class Storage:
         return _connect(self.uri, self.retry_seconds, os.getpid(), environment)
 
 
-def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float = RETRY_SECONDS) -> Storage:
+def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float | None = None) -> Storage:
     """Return the storage of a local path (relative ones from the current folder), ``s3://…`` or a pyarrow.fs URI.
 
     Raises
@@ -158,6 +158,7 @@ def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float = RETRY_SE
     StudyError : an address that cannot be understood, or one that carries credentials.
     """
     text = os.fspath(uri)
+    retry_seconds = RETRY_SECONDS if retry_seconds is None else retry_seconds
     if not text or "\0" in text:
         raise StudyError("the storage address is empty", remedy="a path or s3://bucket/prefix")
     if "://" not in text:
@@ -188,6 +189,8 @@ def _connect(uri: str, retry_seconds: float, pid: int, environment: tuple[str | 
         return LocalFolder(Path(uri))
     scheme, _, rest = uri.partition("://")
     if scheme == "s3":
+        from raystudy.s3_bucket import S3Bucket  # a bare torch machine has no obstore
+
         bucket, _, prefix = rest.partition("/")
         return S3Bucket(bucket, prefix.strip("/"), retry_seconds)
     try:

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -369,3 +371,19 @@ def test_no_parquet_file_names_pandas(frozen: Storage) -> None:
     for name in ("prototypes.parquet", "predictions.parquet"):
         metadata = pq.read_metadata(Path(frozen.uri) / name).metadata or {}
         assert b"pandas" not in metadata
+
+
+def test_a_trial_needs_only_torch_and_tables() -> None:
+    """The machines that a trial may run on have no scheduler, tracker, validator or object store client."""
+    script = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"ray", "mlflow", "pydantic", "obstore", "pandera", "optuna", "boto3", "yaml"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import raystudy.trial
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
