@@ -16,13 +16,14 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from raystudy.errors import StudyError
+from raystudy.images.headers import Header, Unreadable, check_png_rows, read_header
 from raystudy.images.settings import ImageSettings
 
 DECODER_VERSION = 1  # raised when a change moves pixels; part of the image store's key
@@ -32,38 +33,6 @@ SMALLEST_SIDE = 16
 Image.MAX_IMAGE_PIXELS = None
 
 _EXTENSIONS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".dcm": "DICOM", ".dicom": "DICOM"}
-_OTHERS = {
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"RIFF": "WebP or AVI",
-    b"%PDF": "PDF",
-    b"PK\3\4": "ZIP",
-    b"\0\0\0\x0cjP": "JPEG 2000",
-    b"8BPS": "Photoshop",
-}
-_PNG = b"\x89PNG\r\n\x1a\n"
-_JPEG = b"\xff\xd8\xff"
-
-
-class Unreadable(Exception):
-    """A film that is quarantined; the message is its reason."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
-
-    def __reduce__(self) -> tuple[type[Unreadable], tuple[str]]:
-        return Unreadable, (self.reason,)
-
-
-@dataclass(frozen=True)
-class _Header:
-    format: str
-    width: int
-    height: int
 
 
 def decode_film(data: bytes, name: str, settings: ImageSettings) -> NDArray[np.uint8]:
@@ -83,7 +52,7 @@ def decode_film(data: bytes, name: str, settings: ImageSettings) -> NDArray[np.u
     ------
     Unreadable : with the reason for the quarantine.
     """
-    header = _read_header(data)
+    header = read_header(data)
     _check_extension(name, header.format)
     _check_size(header, settings.pixel_cap)
     try:
@@ -92,7 +61,7 @@ def decode_film(data: bytes, name: str, settings: ImageSettings) -> NDArray[np.u
         else:
             image = _open_with_pillow(data, header, settings)
         return _squared(image, settings)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError, Warning) as error:
         raise Unreadable(_damage(error)) from error
     except MemoryError as error:
         raise Unreadable("needs more memory than there is") from error
@@ -101,94 +70,6 @@ def decode_film(data: bytes, name: str, settings: ImageSettings) -> NDArray[np.u
 def _damage(error: BaseException) -> str:
     text = " ".join(str(error).split())[:200]
     return f"truncated: {text}" if "truncated" in text.lower() else f"damaged: {text or type(error).__name__}"
-
-
-def _read_header(data: bytes) -> _Header:
-    if not data:
-        raise Unreadable("zero bytes")
-    if data.startswith(_PNG):
-        return _png_header(data)
-    if data.startswith(_JPEG):
-        return _jpeg_header(data)
-    if data[128:132] == b"DICM":
-        return _Header("DICOM", 0, 0)
-    for magic, kind in _OTHERS.items():
-        if data.startswith(magic):
-            raise Unreadable(f"not PNG, JPEG or DICOM but {kind}")
-    if not any(data):
-        raise Unreadable("not an image: only zero bytes")
-    if _PNG.startswith(data[:8]) or _JPEG.startswith(data[:3]):
-        raise Unreadable("truncated: the file ends in its signature")
-    raise Unreadable("not an image")
-
-
-def _png_header(data: bytes) -> _Header:
-    """Walk the chunks: order, lengths and every checksum (Pillow checks none of IDAT's)."""
-    position, header, pixels, view = len(_PNG), None, False, memoryview(data)
-    while True:
-        if position + 12 > len(data):
-            raise Unreadable("truncated: the PNG ends before its last chunk")
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 12 + length
-        if length > 0x7FFFFFFF or not kind.isalpha():
-            raise Unreadable("damaged: the PNG has an impossible chunk")
-        if end > len(data):
-            raise Unreadable("truncated: the PNG ends inside a chunk")
-        if zlib.crc32(view[position + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
-            raise Unreadable(f"damaged: checksum of PNG chunk {kind.decode('ascii')}")
-        if header is None:
-            if kind != b"IHDR" or length != 13:
-                raise Unreadable("damaged: the PNG does not begin with its header")
-            header = _Header("PNG", *struct.unpack_from(">II", data, position + 8))
-        elif kind == b"acTL":
-            raise Unreadable("animated")
-        elif kind == b"IDAT":
-            pixels = True
-        elif kind == b"IEND":
-            if not pixels:
-                raise Unreadable("truncated: the PNG has no pixels")
-            return header
-        position = end
-
-
-def _jpeg_header(data: bytes) -> _Header:
-    """Walk the markers up to the first scan."""
-    position, header = 2, None
-    while True:
-        while data[position : position + 2] == b"\xff\xff":  # fill bytes
-            position += 1
-        if position + 4 > len(data):
-            raise Unreadable("truncated: the JPEG ends in its header")
-        flag, marker, length = struct.unpack_from(">BBH", data, position)
-        if flag != 0xFF or length < 2:
-            raise Unreadable("damaged: the JPEG has an impossible marker")
-        body = data[position + 4 : position + 2 + length]
-        if len(body) < length - 2:
-            raise Unreadable("truncated: the JPEG ends in its header")
-        if marker == 0xE2 and body.startswith(b"MPF\0"):
-            raise Unreadable("animated: the JPEG holds several pictures")
-        if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC}:
-            header = _jpeg_frame(marker, body)
-        if marker == 0xDA:
-            if header is None:
-                raise Unreadable("damaged: the JPEG has no frame header")
-            if data.rfind(b"\xff\xd9", position) < 0:
-                raise Unreadable("truncated: the JPEG has no end")
-            return header
-        position += 2 + length
-
-
-def _jpeg_frame(marker: int, body: bytes) -> _Header:
-    if len(body) < 6:
-        raise Unreadable("damaged: the JPEG has a short frame header")
-    precision, height, width, components = struct.unpack_from(">BHHB", body)
-    if marker not in {0xC0, 0xC1, 0xC2} or precision != 8:
-        raise Unreadable(f"JPEG of a kind that is not read (frame {marker:#x}, {precision} bit)")
-    if components == 4:
-        raise Unreadable("CMYK")
-    if components not in {1, 3}:
-        raise Unreadable(f"JPEG of {components} components")
-    return _Header("JPEG", width, height)
 
 
 def _check_extension(name: str, content: str) -> None:
@@ -200,7 +81,7 @@ def _check_extension(name: str, content: str) -> None:
         raise Unreadable(f"wrong extension: {suffix or 'none'} for {content}")
 
 
-def _check_size(header: _Header, pixel_cap: int) -> None:
+def _check_size(header: Header, pixel_cap: int) -> None:
     if header.format == "DICOM":
         return  # checked where its header is read
     if header.width * header.height > pixel_cap:
@@ -211,13 +92,15 @@ def _check_size(header: _Header, pixel_cap: int) -> None:
         raise Unreadable(f"too small: {header.width} × {header.height}")
 
 
-def _open_with_pillow(data: bytes, header: _Header, settings: ImageSettings) -> Image.Image:
+def _open_with_pillow(data: bytes, header: Header, settings: ImageSettings) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=[header.format]) as image:
         if image.size != (header.width, header.height) or getattr(image, "n_frames", 1) != 1:
             raise Unreadable("damaged: the file says two different things about its size")
         if header.format == "JPEG":
             image.draft("L", _draft_size(header, settings))
         image.load()
+        if header.format == "PNG" and _may_lack_rows(image, data):
+            check_png_rows(data, header)
         if image.mode.startswith("I"):
             return Image.fromarray(_eight_bits(np.asarray(image)))
         if image.mode not in {"1", "L", "LA", "P", "RGB", "RGBA"}:
@@ -226,7 +109,13 @@ def _open_with_pillow(data: bytes, header: _Header, settings: ImageSettings) -> 
         return image.convert("L")
 
 
-def _draft_size(header: _Header, settings: ImageSettings) -> tuple[int, int]:
+def _may_lack_rows(image: Image.Image, data: bytes) -> bool:
+    """Pillow leaves rows that the file does not hold at zero, without a word."""
+    interlaced = data[28] != 0
+    return interlaced or not any(image.crop((0, image.height - 1, image.width, image.height)).tobytes())
+
+
+def _draft_size(header: Header, settings: ImageSettings) -> tuple[int, int]:
     """Twice the wanted size; for a letterbox the long side decides, for a square each side its own."""
     if settings.resize == "letterbox":
         scale = min(1.0, 2 * settings.size / max(header.width, header.height))
@@ -242,9 +131,14 @@ def _eight_bits(samples: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 
 def _open_dicom(data: bytes, pixel_cap: int) -> Image.Image:
-    from raystudy.cohorts.dicom import decode_dicom
+    try:
+        from raystudy.cohorts.dicom import decode_dicom
 
-    samples = decode_dicom(data)
+        samples = decode_dicom(data)
+    except ModuleNotFoundError as error:
+        raise Unreadable("DICOM, which needs the extra raystudy[dicom]") from error
+    except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, StudyError) as error:
+        raise Unreadable(_damage(error)) from error
     if samples.ndim != 2 or min(samples.shape) < SMALLEST_SIDE:
         raise Unreadable(f"too small: {' × '.join(map(str, samples.shape))}")
     if samples.size > pixel_cap:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from raystudy.errors import StudyError
 from raystudy.images.decode import Unreadable, decode_film
 from raystudy.images.originals import LARGEST_FILE, fingerprints, locate, read_original
 from raystudy.images.settings import ImageSettings
@@ -98,13 +99,14 @@ def prepare_images(
     placed = films.merge(catalog, on="fingerprint", how="left", validate="many_to_one")
     placed.loc[placed["block"].isna(), "reason"] = "missing"  # vanished after it was listed
     unread = placed[placed["reason"].notna()]
-    quarantine = pd.concat([quarantine, unread[["image_id", "uri", "reason"]]], ignore_index=True)
+    quarantine = pd.concat([quarantine, unread[["image_id", "uri", "reason"]]], ignore_index=True).astype(str)
     originals = [*zip(films["image_id"], films["fingerprint"], strict=True), *_unread_originals(quarantine)]
     key = study_key(settings, originals)
     index = placed[placed["reason"].isna()][["image_id", "block", "row", "sha256"]]
-    storage.write_table(f"{FOLDER}/{key}/quarantine.parquet", pa.Table.from_pandas(quarantine, preserve_index=False))
+    reasons = pa.Table.from_pandas(quarantine, preserve_index=False)
+    storage.write_table(f"{FOLDER}/{key}/quarantine.parquet", reasons)
     storage.write_table(f"{FOLDER}/{key}/index.parquet", pa.Table.from_pandas(index, preserve_index=False))
-    return Prepared(key, quarantine, len(todo), len(films) - len(todo), time.monotonic() - started)
+    return Prepared(key, reasons.to_pandas(), len(todo), len(films) - len(todo), time.monotonic() - started)
 
 
 def _admitted(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -145,26 +147,41 @@ def _decode_all(todo: pd.DataFrame, settings: ImageSettings, storage: Storage, p
     )
     done, blocks, started = 0, 0, time.monotonic()
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        counts = pa.table(batch)["films"].to_pylist()
+        answer = pa.table(batch)
+        for what, where, remedy in filter(None, answer["refusal"].to_pylist()):
+            raise StudyError(what, where=where, remedy=remedy)
+        counts = answer["films"].to_pylist()
         done, blocks = done + sum(counts), blocks + len(counts)
         progress(done, len(todo), done / max(time.monotonic() - started, 1e-9))
     return blocks
 
 
 def decode_batch(batch: pa.Table, settings: ImageSettings, storage: Storage, pixels: str) -> pa.Table:
-    """Decode one task's films and write their blocks; return the number of films of each block."""
+    """Decode one task's films and write their blocks.
+
+    Returns
+    -------
+    columns films (of each block) and refusal (what, where, remedy): a storage that refuses is an answer to the driver,
+    not a failure of Ray.
+    """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # this process is Ray's worker; oddities become reasons
     uris, marks = batch["uri"].to_pylist(), batch["fingerprint"].to_pylist()
-    originals, counts = _fetched(uris), []
-    for start in range(0, len(uris), BLOCK_FILMS):
-        part = slice(start, start + BLOCK_FILMS)
-        fetched = zip(uris[part], marks[part], originals, strict=False)  # originals goes on in the next block
-        films = [_film(uri, mark, data, settings) for uri, mark, data in fetched if data is not None]
-        if films:
-            block = hashlib.sha256("\n".join(film.fingerprint for film in films).encode()).hexdigest()[:20]
-            write_block(storage, pixels, block, films, settings.size)
-        counts.append(len(uris[part]))
-    return pa.table({"films": counts})
+    counts: list[int] = []
+    refusal = None
+    try:
+        originals = _fetched(uris)
+        for start in range(0, len(uris), BLOCK_FILMS):
+            part = slice(start, start + BLOCK_FILMS)
+            fetched = zip(uris[part], marks[part], originals, strict=False)  # originals goes on in the next block
+            films = [_film(uri, mark, data, settings) for uri, mark, data in fetched if data is not None]
+            if films:
+                block = hashlib.sha256("\n".join(film.fingerprint for film in films).encode()).hexdigest()[:20]
+                write_block(storage, pixels, block, films, settings.size)
+            counts.append(len(uris[part]))
+    except StudyError as error:
+        refusal = [error.what, error.where, error.remedy]
+        counts.append(0)
+    return pa.table({"films": counts, "refusal": pa.array([refusal] * len(counts), pa.list_(pa.string()))})
 
 
 def _film(uri: str, fingerprint: str, original: bytes, settings: ImageSettings) -> Film:

@@ -1,0 +1,92 @@
+"""A study that is too large for a node's memory is streamed from a file of the node, with the same results."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raystudy.errors import StudyError
+from raystudy.images import stream
+from raystudy.images.settings import ImageSettings
+from raystudy.images.store import FOLDER, Film, load_pixels, pixels_key, write_block
+from raystudy.storage import Storage, open_storage
+from raystudy.streams import stream as random_stream
+
+IDS = [f"H1/{number:03d}" for number in range(30)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> tuple[Storage, str]:
+    """Thirty films in three blocks, indexed in another order."""
+    storage, settings = open_storage(tmp_path / "studies"), ImageSettings(size=32)
+    pixels, key = pixels_key(settings), f"{pixels_key(settings)}-0123456789ab"
+    rng = random_stream(0, "pixels")
+    rows = []
+    for block in range(3):
+        ids = IDS[block::3]
+        films = [Film(name, "", rng.integers(0, 256, (32, 32), dtype=np.uint8), None) for name in ids]
+        films.insert(2, Film("bad", "", None, "truncated"))
+        write_block(storage, pixels, f"b{block}", films, 32)
+        rows += [
+            {"image_id": film.fingerprint, "block": f"b{block}", "row": row, "sha256": ""}
+            for row, film in enumerate(films)
+            if film.reason is None
+        ]
+    storage.write_table(f"{FOLDER}/{key}/index.parquet", pa.Table.from_pylist(rows))
+    return storage, key
+
+
+def test_streamed_films_are_the_same_in_the_same_seeded_order(store: tuple[Storage, str], tmp_path: Path) -> None:
+    storage, key = store
+    order = [IDS[i] for i in random_stream(3, "order").permutation(len(IDS))]
+    loaded, mapped = load_pixels(storage, key, order), stream.map_pixels(storage, key, order, tmp_path / "node")
+    assert isinstance(mapped.pixels, np.memmap)
+    assert mapped.image_ids == loaded.image_ids == tuple(order)
+    for epoch in range(3):
+        batch = [order[i] for i in random_stream(3, "order", epoch).permutation(len(order))[:8]]
+        np.testing.assert_array_equal(mapped.take(batch), loaded.take(batch))
+        np.testing.assert_array_equal(mapped.rows(batch), loaded.rows(batch))
+
+
+def test_the_share_of_memory_decides(store: tuple[Storage, str], tmp_path: Path) -> None:
+    storage, key = store
+    tiny = len(IDS) * 32 * 32 / stream.node_memory() / 2
+    assert isinstance(stream.open_pixels(storage, key, IDS, tiny, tmp_path / "node").pixels, np.memmap)
+    assert not isinstance(stream.open_pixels(storage, key, IDS, 4 * tiny, tmp_path / "node").pixels, np.memmap)
+
+
+def test_the_first_trial_of_a_node_builds_the_file_for_all(store: tuple[Storage, str], tmp_path: Path) -> None:
+    storage, key = store
+    node = tmp_path / "node"
+    with ThreadPoolExecutor(4) as pool:
+        arrays = list(pool.map(lambda _: stream.map_pixels(storage, key, IDS, node), range(4)))
+    assert len(list(node.glob("*.u8"))) == 1
+    storage.delete_tree()  # the file alone serves the later ones
+    later = stream.map_pixels(storage, key, IDS, node)
+    assert all((array.pixels == later.pixels).all() for array in arrays)
+
+
+def test_a_build_that_was_cut_off_is_built_again(store: tuple[Storage, str], tmp_path: Path) -> None:
+    storage, key = store
+    node = tmp_path / "node"
+    path = Path(str(stream.map_pixels(storage, key, IDS, node).pixels.filename))
+    path.rename(path.with_suffix(".aside"))
+    path.with_suffix(".aside").write_bytes(b"half")
+    np.testing.assert_array_equal(
+        stream.map_pixels(storage, key, IDS, node).pixels, load_pixels(storage, key, IDS).pixels
+    )
+
+
+def test_no_room_on_the_node_is_said_before_anything_is_written(
+    store: tuple[Storage, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, key = store
+    full = type(stream.shutil.disk_usage(tmp_path))(10, 10, 0)
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(StudyError, match="TMPDIR"):
+        stream.map_pixels(storage, key, IDS, tmp_path / "node")
+    assert not list((tmp_path / "node").glob("*.u8"))
