@@ -244,8 +244,9 @@ def _draw(pools: _Pools, mixtures: tuple[int, ...], names: tuple[str, str]) -> t
         have = {cell: min(len(o[cell]) for o in orders.values()) for cell in CELLS}
         wanted, smallest = settings.wanted(split), min(have.values())
         n = smallest if wanted is None else min(wanted, smallest) if settings.shrink else wanted
-        # Where no number is asked for, each class needs at least one film.
-        need = largest_cells(shares, max(n, 1), settings.rounding)
+        need = largest_cells(shares, n, settings.rounding)
+        if n == 0:  # nothing can be drawn: every class of every source needs at least one film
+            need = dict.fromkeys(CELLS, 1)
         if n and not all(
             sum(size for (_, label), size in cell_sizes(x, n, settings.rounding).items() if label) for x in shares
         ):

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "train_val": "train_val",
 }  # fmt: skip
+PLACEHOLDERS = ("", "nan", "none", "null", "na", "n/a", "unknown", "anonymous", "anonymized", "anonymised")
 FLAGS = {"": 0, "0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1, "-1": -1, "-1.0": -1}
 ROW_COLUMNS = ("image_id", "patient_id", "uri", "view", "found", "uncertain", "negated", "split")
 
@@ -131,7 +133,8 @@ def _csv(data: bytes, wanted: list[str], where: str, delimiter: str) -> pd.DataF
         ) from None
     if odd:
         shown = "; ".join(
-            f"{r.actual_columns} instead of {r.expected_columns} in {(r.text or '')[:60]!r}" for r in odd[:3]
+            f"row {(r.number or 2) - 1}: {r.actual_columns} instead of {r.expected_columns} in {(r.text or '')[:60]!r}"
+            for r in odd[:3]
         )
         raise StudyError(
             f"{len(odd)} rows have another number of cells: {shown}", where=where, remedy="quote the cells"
@@ -142,7 +145,7 @@ def _csv(data: bytes, wanted: list[str], where: str, delimiter: str) -> pd.DataF
 def _check_header(header: bytes, delimiter: str, wanted: list[str], where: str) -> None:
     try:
         names = next(iter(_header_names(header, delimiter)), [])
-    except (pyarrow.ArrowInvalid, UnicodeDecodeError):
+    except (csv.Error, UnicodeDecodeError):
         raise StudyError("the header line is not UTF-8 text", where=where, remedy="CSV in UTF-8, or Parquet") from None
     _check_columns(names, wanted, where)
 
@@ -244,7 +247,10 @@ def path_stays_below(paths: pd.Series) -> pd.Series:
 
 
 def _plain(texts: pd.Series) -> pd.Series:
-    return ~texts.str.contains(r"[\x00-\x1f\x7f]", regex=True)
+    """False where invisible characters or two spellings of one letter could make one id look like two."""
+    codes, unique = pd.factorize(texts)
+    good = [str(t).isprintable() and unicodedata.is_normalized("NFC", str(t)) for t in unique]
+    return pd.Series(np.array(good, bool)[codes] if good else np.zeros(0, bool), index=texts.index)
 
 
 _RAW_ROWS = pa.DataFrameSchema(
@@ -256,15 +262,15 @@ _RAW_ROWS = pa.DataFrameSchema(
             None,
             [
                 pa.Check(lambda c: c != "", error="the image id is blank"),
-                pa.Check(_plain, error="the image id holds control characters"),
+                pa.Check(_plain, error="the image id holds invisible or decomposed characters"),
                 pa.Check(lambda c: ~c.duplicated(keep=False), error="the image id stands in several rows"),
             ],
         ),
         "patient": pa.Column(
             None,
             [
-                pa.Check(lambda c: c != "", error="the patient id is blank"),
-                pa.Check(_plain, error="the patient id holds control characters"),
+                pa.Check(lambda c: ~c.str.lower().isin(PLACEHOLDERS), error="the patient id is blank or a placeholder"),
+                pa.Check(_plain, error="the patient id holds invisible or decomposed characters"),
             ],
         ),
         "view": pa.Column(
