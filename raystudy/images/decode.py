@@ -131,18 +131,17 @@ def _eight_bits(samples: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 
 def _open_dicom(data: bytes, pixel_cap: int) -> Image.Image:
-    try:
-        from raystudy.cohorts.dicom import decode_dicom
+    from raystudy.cohorts.dicom import decode_dicom
 
-        samples = decode_dicom(data)
-    except ModuleNotFoundError as error:
-        raise Unreadable("DICOM, which needs the extra raystudy[dicom]") from error
-    except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, StudyError) as error:
-        raise Unreadable(_damage(error)) from error
-    if samples.ndim != 2 or min(samples.shape) < SMALLEST_SIDE:
-        raise Unreadable(f"too small: {' × '.join(map(str, samples.shape))}")
-    if samples.size > pixel_cap:
-        raise Unreadable(f"decompression bomb: {samples.shape}, the cap is {pixel_cap} pixels")
+    try:
+        samples = decode_dicom(data, pixel_cap)
+    except StudyError as error:  # the extra or a plug-in is missing
+        raise Unreadable(error.what) from error
+    except ValueError as error:
+        text = str(error).removeprefix("DICOM: ")
+        raise Unreadable(text if text.startswith("decompression bomb") else f"damaged: {text}") from error
+    if min(samples.shape) < SMALLEST_SIDE:
+        raise Unreadable(f"too small: {samples.shape[1]} × {samples.shape[0]}")
     if samples.dtype == np.uint16:
         samples = ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     return Image.fromarray(samples)

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,18 @@ from raystudy.images.store import load_pixels, read_pixels, size_of
 from raystudy.storage import Storage
 
 KEPT_DAYS = 14  # an unused file is removed when another study builds its own
+
+
+@dataclass(frozen=True)
+class StreamedArray(ImageArray):
+    """Films in a file of this node.  What travels to another process or node is the way to them, not the pixels."""
+
+    storage: Storage
+    key: str
+    folder: Path | None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return map_pixels, (self.storage, self.key, self.image_ids, self.folder)
 
 
 def node_memory() -> int:
@@ -64,25 +77,25 @@ def open_pixels(
     return load_pixels(storage, key, ids)
 
 
-def map_pixels(storage: Storage, key: str, image_ids: Sequence[str], folder: Path | None = None) -> ImageArray:
+def map_pixels(storage: Storage, key: str, image_ids: Sequence[str], folder: Path | None = None) -> StreamedArray:
     """Return the films as a read-only memory map of a file on this node, built when it is not there.
 
     Raises
     ------
     StudyError : no room for the file.
     """
-    folder = folder or Path(tempfile.gettempdir()) / f"raystudy-films-{os.getuid()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    place = folder or Path(tempfile.gettempdir()) / f"raystudy-films-{os.getuid()}"
+    place.mkdir(parents=True, exist_ok=True)
     ids, size = tuple(image_ids), size_of(key)
     digest = hashlib.sha256("\n".join((storage.uri, key, *ids)).encode()).hexdigest()[:16]
-    target = folder / f"{key}-{digest}.u8"
-    with (folder / f"{key}-{digest}.lock").open("wb") as lock:
+    target = place / f"{key}-{digest}.u8"
+    with (place / f"{key}-{digest}.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first trial on the node builds
         if not target.exists():
             _build(storage, key, ids, target, size)
     os.utime(target)
     pixels: NDArray[np.uint8] = np.memmap(target, np.uint8, mode="r", shape=(len(ids), size, size))
-    return ImageArray(ids, pixels)
+    return StreamedArray(ids, pixels, storage, key, folder)
 
 
 def _build(storage: Storage, key: str, ids: tuple[str, ...], target: Path, size: int) -> None:

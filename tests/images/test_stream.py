@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +52,16 @@ def test_streamed_films_are_the_same_in_the_same_seeded_order(store: tuple[Stora
         batch = [order[i] for i in random_stream(3, "order", epoch).permutation(len(order))[:8]]
         np.testing.assert_array_equal(mapped.take(batch), loaded.take(batch))
         np.testing.assert_array_equal(mapped.rows(batch), loaded.rows(batch))
+
+
+def test_what_travels_to_another_node_is_the_way_to_the_films(store: tuple[Storage, str], tmp_path: Path) -> None:
+    storage, key = store
+    mapped = stream.map_pixels(storage, key, IDS, tmp_path / "node")
+    travelling = pickle.dumps(mapped)
+    assert len(travelling) < mapped.pixels.nbytes / 10
+    shutil.rmtree(tmp_path / "node")  # the other node has no such file yet
+    arrived = pickle.loads(travelling)
+    np.testing.assert_array_equal(arrived.take(IDS[::-1]), load_pixels(storage, key, IDS[::-1]).pixels)
 
 
 def test_the_share_of_memory_decides(store: tuple[Storage, str], tmp_path: Path) -> None:
