@@ -1,0 +1,135 @@
+"""Explanations of finished trials as named Ray tasks, beside the trials that still run.
+
+A task takes a slot of the small ``explain`` resource and no CPU of the trials'; while trials run only some of the slots
+are used.  What failed is recorded beside the job's files, reported at the end, and tried again by the next run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from raystudy.explanation import Job, job_directory
+from raystudy.explanation_settings import ExplainSettings
+from raystudy.images.array import ImageArray
+from raystudy.orchestrate.ledger import FAILED, TrialRows
+from raystudy.orchestrate.session import EXPLAIN
+from raystudy.orchestrate.sweep import is_final
+from raystudy.orchestrate.worker import Assignment, Device, Status, explain, stop_watch, words
+from raystudy.study import Study
+
+
+@dataclass(frozen=True)
+class ExplainJob:
+    """One explanation of one finished trial."""
+
+    trial_id: str
+    job: Job
+    settings: ExplainSettings
+    rows: TrialRows
+    images: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.trial_id} {self.job}"
+
+
+@dataclass(frozen=True)
+class ExplainNews:
+    """How a job ended."""
+
+    job: ExplainJob
+    state: Status | str
+    message: str = ""
+
+
+@ray.remote(max_retries=0)
+def explanation_task(job: Job, assignment: Assignment, images: ImageArray, settings: ExplainSettings) -> Status:
+    """Do one explanation job in a process of its own."""
+    return explain(job, assignment, images, settings, stop_watch(assignment.study))
+
+
+@dataclass
+class Explainer:
+    """The queue of explanation jobs.
+
+    Parameters
+    ----------
+    images : key -> reference of the shared ImageArray.
+    slots : tasks at a time once no trial runs; half of them, at least one, before.
+    own_resource : the cluster has the ``explain`` resource; otherwise a task takes ``cpus``.
+    """
+
+    study: Study
+    images: dict[str, Any]
+    slots: int
+    cpus: float
+    gpus: float = 0
+    own_resource: bool = True
+    max_failures: int = 3
+    stopping: Callable[[], bool] = lambda: False
+    _waiting: deque[tuple[ExplainJob, int]] = field(default_factory=deque)
+    _running: dict[Any, tuple[ExplainJob, int]] = field(default_factory=dict)
+
+    def add(self, job: ExplainJob) -> None:
+        self._waiting.append((job, 1))
+
+    @property
+    def queue(self) -> int:
+        """Jobs that wait or run."""
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def running(self) -> list[str]:
+        return [job.name for job, _ in self._running.values()]
+
+    def poll(self, trials_running: bool) -> list[ExplainNews]:
+        """Collect what has ended and launch what fits."""
+        news = self._collect()
+        if self.stopping():
+            news += [ExplainNews(job, "interrupted") for job, _ in self._waiting]
+            self._waiting.clear()
+        limit = max(1, self.slots // 2) if trials_running else max(1, self.slots)
+        while self._waiting and len(self._running) < limit:
+            job, attempt = self._waiting.popleft()
+            self._running[self._launch(job, attempt)] = (job, attempt)
+        return news
+
+    def _collect(self) -> list[ExplainNews]:
+        if not self._running:
+            return []
+        ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        news: list[ExplainNews] = []
+        for ref in ready:
+            job, attempt = self._running.pop(ref)
+            try:
+                news.append(ExplainNews(job, ray.get(ref)))
+            except ray.exceptions.RayError as error:
+                if attempt <= self.max_failures and not is_final(error) and not self.stopping():
+                    self._waiting.append((job, attempt + 1))
+                    news.append(ExplainNews(job, "retry", words(error)))
+                    continue
+                mark_failed(self.study, job, words(error), attempt)
+                news.append(ExplainNews(job, "failed", words(error)))
+        return news
+
+    def _launch(self, job: ExplainJob, attempt: int) -> Any:
+        options: dict[str, Any] = (
+            {"num_cpus": 0, "resources": {EXPLAIN: 1}} if self.own_resource else {"num_cpus": self.cpus}
+        )
+        name = job.name if attempt == 1 else f"{job.name} (attempt {attempt})"
+        task = explanation_task.options(name=name, num_gpus=self.gpus, **options)
+        assignment = Assignment(self.study, job.trial_id, job.rows, Device(self.gpus))
+        return task.remote(job.job, assignment, self.images[job.images], job.settings)
+
+
+def mark_failed(study: Study, job: ExplainJob, error: str, attempts: int) -> None:
+    """Record a failed job beside its files."""
+    path = f"{job_directory(job.job, job.settings)}/{FAILED}"
+    study.trial(job.trial_id).write_json(path, {"error": error, "attempts": attempts, "time": time.time()})

@@ -1,0 +1,216 @@
+"""What the study directory says is still to do, and the marks that orchestration leaves there.
+
+Written here: experiment.yaml, cohorts/, plan.json, the missing trials' spec.json; later failed.json of a trial or an
+explanation job, and stop.json, the wish that a running study ends with checkpoints.  Everything that a worker needs is
+read back from these files, so a worker is told nothing but names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import cast
+
+import pandas as pd
+import yaml
+
+from raystudy.errors import StudyError
+from raystudy.explanation import JOBS, Job, job_directory
+from raystudy.orchestrate.identity import digest
+from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
+from raystudy.study import FORMAT_VERSION, Study, parquet_bytes
+from raystudy.trial_files import keep_spec
+
+STOP = "stop.json"
+FAILED = "failed.json"
+WRITERS = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One Parquet file of the study directory and the checksum of its bytes."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TrialRows:
+    """Where a trial's rows lie."""
+
+    cohort: Rows
+    tests: Rows
+
+
+@dataclass
+class Ledger:
+    """The bookkeeping of one plan in one study directory."""
+
+    study: Study
+    plan: StudyPlan
+    rows: dict[str, TrialRows] = field(default_factory=dict[str, TrialRows])
+    _files: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+
+    def open(self) -> None:
+        """Read what is there.
+
+        Raises
+        ------
+        StudyError : the directory was written by a newer raystudy.
+        """
+        try:
+            kept = int(self.study.plan().get("format", 1))
+        except FileNotFoundError:
+            kept = 1
+        if kept > FORMAT_VERSION:
+            raise StudyError(
+                f"this study was written by a newer raystudy (format {kept}, known {FORMAT_VERSION})",
+                where=self.study.storage.uri,
+                remedy="install the newer raystudy, or name another study",
+            )
+        self._files = self.study.files()
+
+    def write_plan(self, trials: Iterable[PlannedTrial] | None = None) -> None:
+        """Write plan.json and experiment.yaml; ``trials`` replaces the plan's own (a search adds to them)."""
+        wanted = tuple(trials) if trials is not None else self.plan.trials
+        explain = {t.trial_id: {job: _name(job, t) for job in JOBS} for t in wanted if t.explain.enabled}
+        plan = {**self.plan.as_json(), "trials": [t.trial_id for t in wanted], "explain": explain}
+        text = yaml.safe_dump(self.plan.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        storage = self.study.storage
+        storage.write_json("plan.json", plan)
+        storage.write_bytes("experiment.yaml", text.encode())
+
+    def missing_trials(self, only_failed: bool = False) -> list[PlannedTrial]:
+        """Return the trials without a result, in the plan's order."""
+        return [
+            t
+            for t in self.plan.trials
+            if "result.json" not in self.files(t) and (not only_failed or FAILED in self.files(t))
+        ]
+
+    def missing_explanations(self, only_failed: bool = False) -> list[tuple[PlannedTrial, Job]]:
+        """Return the explanation jobs that finished trials still lack."""
+        missing: list[tuple[PlannedTrial, Job]] = []
+        for trial in self.plan.trials:
+            names = self.files(trial)
+            if "result.json" not in names or not trial.explain.enabled:
+                continue
+            for job in JOBS:
+                folder = job_directory(job, trial.explain)
+                if f"{folder}/done.json" not in names and (not only_failed or f"{folder}/{FAILED}" in names):
+                    missing.append((trial, job))
+        if missing:
+            finished = {t for t, result in self._statuses({t.trial_id for t, _ in missing}) if result == "finished"}
+            missing = [(trial, job) for trial, job in missing if trial.trial_id in finished]
+        return missing
+
+    def strangers(self) -> list[str]:
+        """Return the trials of the directory that the plan does not ask for; they are kept."""
+        return sorted(set(self._files) - {t.trial_id for t in self.plan.trials})
+
+    def files(self, trial: PlannedTrial) -> set[str]:
+        """Return the names in a trial's directory as of ``open``."""
+        return self._files.get(trial.trial_id, set())
+
+    def prepare_trials(self, trials: Iterable[PlannedTrial], forgive: bool = True) -> None:
+        """Write rows and specs of trials that are about to run (or be explained), and clear their failed marks."""
+        contents: dict[str, bytes] = {}
+        trials = list(trials)
+        sums: dict[int, Rows] = {}
+        for trial in trials:
+            place = _place(trial)
+            cohort = _rows(f"cohorts/{place.format(f'h1_{trial.spec.h1_share:03d}')}", trial.cohort, contents, sums)
+            tests = _rows(f"cohorts/{place.format('test')}", trial.tests, contents, sums)
+            self.rows[trial.trial_id] = TrialRows(cohort, tests)
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for _ in pool.map(lambda item: self._write_rows(*item), contents.items()):
+                pass
+            for _ in pool.map(lambda t: self._prepare_trial(t, forgive), trials):
+                pass
+
+    def mark_failed(self, trial_id: str, error: str, attempts: int) -> None:
+        """Record that a trial failed for good; the next run tries it again."""
+        mark = {"error": error, "attempts": attempts, "time": time.time()}
+        self.study.trial(trial_id).write_json(FAILED, mark)
+
+    def _statuses(self, trial_ids: set[str]) -> list[tuple[str, str]]:
+        def status(trial_id: str) -> tuple[str, str]:
+            return trial_id, str(self.study.trial(trial_id).read_json("result.json").get("status"))
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            return list(pool.map(status, sorted(trial_ids)))
+
+    def _write_rows(self, path: str, content: bytes) -> None:
+        storage = self.study.storage
+        try:
+            if storage.read_bytes(path) == content:
+                return
+        except FileNotFoundError:
+            pass
+        storage.write_bytes(path, content)
+
+    def _prepare_trial(self, trial: PlannedTrial, forgive: bool) -> None:
+        directory, names = self.study.trial(trial.trial_id), self.files(trial)
+        keep_spec(directory, trial.spec)
+        if forgive:
+            for name in [n for n in names if n == FAILED or n.endswith(f"/{FAILED}")]:
+                directory.delete(name)
+
+
+def write_stop(study: Study, by: str) -> None:
+    """Ask the running driver and its trials to end with checkpoints."""
+    study.storage.write_json(STOP, {"by": by, "time": time.time()})
+
+
+def clear_stop(study: Study) -> None:
+    """Forget an earlier wish to stop."""
+    study.storage.delete(STOP)
+
+
+def stop_wished(study: Study) -> bool:
+    return study.storage.exists(STOP)
+
+
+def _name(job: Job, trial: PlannedTrial) -> str:
+    return job_directory(job, trial.explain).split("/", 1)[1]
+
+
+def _place(trial: PlannedTrial) -> str:
+    """Return the pattern of a trial's row files; axes that decide who is in the cohort get a mark of their own."""
+    parts = [trial.spec.task, "{}"]
+    if trial.spec.cohort_seed:
+        parts.append(f"cohort{trial.spec.cohort_seed}")
+    deciding = {k: v for k, v in trial.spec.axes.items() if k.startswith("cohort.")}
+    if deciding:
+        parts.append(digest(deciding)[:6])
+    return "-".join(parts) + ".parquet"
+
+
+def _rows(path: str, frame: pd.DataFrame, contents: dict[str, bytes], sums: dict[int, Rows]) -> Rows:
+    if id(frame) not in sums:  # trials of one mixture share their frame
+        content = parquet_bytes(frame)
+        if contents.setdefault(path, content) != content:
+            raise ValueError(f"two different cohorts would be written as {path}")
+        sums[id(frame)] = Rows(path, hashlib.sha256(content).hexdigest())
+    return sums[id(frame)]
+
+
+def read_rows(study: Study, rows: Rows) -> pd.DataFrame:
+    """Read a row file back.
+
+    Raises
+    ------
+    StudyError : it is not what the driver wrote.
+    """
+    data = study.storage.read_bytes(rows.path)
+    if hashlib.sha256(data).hexdigest() != rows.sha256:
+        raise StudyError(
+            "the cohort file does not match its checksum",
+            where=study.storage.address(rows.path),
+            remedy="run again: it is then written anew",
+        )
+    return cast(pd.DataFrame, pd.read_parquet(io.BytesIO(data)))

@@ -1,0 +1,197 @@
+"""One driver per study: ``lock.json`` names its owner and carries a heartbeat.
+
+A lock whose owner died on this host is taken over (known by pid and start time); one from elsewhere only when the user
+says ``--take-over`` and its heartbeat stands still.  Heartbeats are compared for change, never with this host's clock.
+Of several drivers that take over the same dead lock exactly one wins: each must first create, exclusively, a claim that
+names the dead lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from raystudy.errors import StudyError
+from raystudy.storage import Storage
+
+LOCK = "lock.json"
+BEAT_SECONDS = 10.0
+
+
+class StudyLock:
+    """The lock of one study directory.
+
+    Parameters
+    ----------
+    storage : the study directory.
+    take_over : the user says that a driver elsewhere is dead.
+    beat_seconds : pause between two heartbeats.
+    """
+
+    def __init__(self, storage: Storage, *, take_over: bool = False, beat_seconds: float = BEAT_SECONDS) -> None:
+        self._storage = storage
+        self._take_over = take_over
+        self._beat_seconds = beat_seconds
+        self._record = _identity()
+        self._ended = threading.Event()
+        self._lost = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Another driver took the study over: this one must end."""
+        return self._lost.is_set()
+
+    def acquire(self) -> None:
+        """Take the lock, or refuse and name its owner.
+
+        Raises
+        ------
+        StudyError : another driver works on the study.
+        """
+        while not self._storage.create_exclusive(LOCK, self._bytes()):
+            holder = self._holder()
+            if holder is None:
+                continue  # released in between
+            self._refuse_living(holder)
+            self._claim(holder)
+            break
+        self._thread = threading.Thread(target=self._beat, name="raystudy-heartbeat", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """End the heartbeat and give the lock up, if it is still this driver's."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._owned():
+            self._storage.delete(LOCK)
+
+    def _claim(self, dead: dict[str, Any]) -> None:
+        """Replace a dead driver's lock; the claims of drivers that died while they did so are dead locks too."""
+        token = str(dead.get("token", "damaged"))
+        claims = [f"lock-{token}.json"]
+        while not self._storage.create_exclusive(claims[-1], self._bytes()):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                rival = self._storage.read_json(claims[-1])
+                self._refuse_living(rival)
+                claims.append(f"lock-{rival['token']}.json")
+        try:
+            now = self._holder()
+            if now is not None and str(now.get("token", "damaged")) != token:
+                self._refuse(now)
+            self._storage.write_bytes(LOCK, self._bytes())
+        finally:
+            for claim in claims:
+                self._storage.delete(claim)
+
+    def _refuse_living(self, holder: dict[str, Any]) -> None:
+        gone = _gone_from_here(holder)
+        if gone is None:
+            if not self._take_over:
+                self._refuse(holder, "; if that driver is dead: `raystudy run … --take-over`")
+            gone = self._stands_still(holder)
+        if not gone:
+            self._refuse(holder)
+
+    def _stands_still(self, holder: dict[str, Any]) -> bool:
+        time.sleep(3 * self._beat_seconds)
+        now = self._holder()
+        return now is None or now.get("heartbeat") == holder.get("heartbeat")
+
+    def _refuse(self, holder: dict[str, Any], more: str = "") -> None:
+        raise StudyError(
+            f"another driver works on this study: {holder.get('owner', 'unknown')}",
+            where=self._storage.uri,
+            remedy=f"wait for it, or end it with `raystudy stop EXPERIMENT`{more}",
+        )
+
+    def _holder(self) -> dict[str, Any] | None:
+        try:
+            return dict(self._storage.read_json(LOCK))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            return {"owner": "a damaged lock.json"}
+
+    def _owned(self) -> bool:
+        return (self._holder() or {}).get("token") == self._record["token"]
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._beat_seconds):
+            try:
+                if not self._owned():
+                    self._lost.set()
+                    return
+                self._storage.write_bytes(LOCK, self._bytes())
+            except StudyError:
+                continue  # the storage is away; the next beat tries again
+
+    def _bytes(self) -> bytes:
+        return json.dumps({**self._record, "heartbeat": time.time()}).encode()
+
+
+@contextlib.contextmanager
+def locked(storage: Storage, *, take_over: bool = False, beat_seconds: float = BEAT_SECONDS) -> Iterator[StudyLock]:
+    """Hold the study's lock for the length of a block."""
+    lock = StudyLock(storage, take_over=take_over, beat_seconds=beat_seconds)
+    lock.acquire()
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _identity() -> dict[str, Any]:
+    host, pid = socket.gethostname(), os.getpid()
+    return {
+        "owner": f"process {pid} on {host}",
+        "host": host,
+        "pid": pid,
+        "started": _start_time(pid),
+        "token": os.urandom(8).hex(),
+        **_machine(),
+    }
+
+
+def _machine() -> dict[str, str]:
+    """What makes two pids comparable: the same boot of the same machine, in the same pid namespace."""
+    return {
+        "machine": _read(lambda: Path("/etc/machine-id").read_text().strip()),
+        "boot": _read(lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip()),
+        "pid_namespace": _read(lambda: os.readlink("/proc/self/ns/pid")),
+    }
+
+
+def _read(read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except OSError:
+        return ""
+
+
+def _start_time(pid: int) -> str:
+    """Return when a process started, in clock ticks since boot; empty where there is no such process."""
+    text = _read(lambda: Path(f"/proc/{pid}/stat").read_text())
+    fields = text.rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else ""
+
+
+def _gone_from_here(holder: dict[str, Any]) -> bool | None:
+    """Whether the owner is dead, as far as this host can tell: None for an owner elsewhere."""
+    here = _machine()
+    if holder.get("host") != socket.gethostname() or not here["boot"]:
+        return None
+    if holder.get("boot") != here["boot"]:
+        return True if here["machine"] and holder.get("machine") == here["machine"] else None  # it was rebooted
+    if holder.get("pid_namespace") != here["pid_namespace"]:
+        return None
+    started = _start_time(int(holder.get("pid", -1)))
+    return not started or started != holder.get("started")

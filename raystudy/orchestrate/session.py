@@ -1,0 +1,174 @@
+"""A connection to Ray for the length of a study: a local Ray, or a running cluster by its address.
+
+A local Ray ends with its driver, also when that is killed.  Explanation tasks take slots of a small resource of their
+own, ``explain``, so that trials that hold every CPU do not starve them (nor they the trials: the driver bounds how many
+it keeps in flight).  Ray 2.60 authenticates by token: a local Ray makes its own; a cluster wants the cluster's token.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+
+import raystudy
+from raystudy.errors import StudyError
+
+EXPLAIN = "explain"  # the resource that explanation tasks take
+REACH_SECONDS = 5.0
+NO_SECRETS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ALLOW_HTTP")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the connected Ray offers.
+
+    Parameters
+    ----------
+    local : started by this driver.
+    explain_slots : explanation tasks that may run at a time; 0 where the cluster has no ``explain`` resource.
+    """
+
+    local: bool
+    cpus: float
+    gpus: float
+    explain_slots: int
+    dashboard: str | None
+
+
+@contextmanager
+def connect(
+    address: str | None = None, *, cpus: int | None = None, gpus: int | None = None, dashboard: bool = True
+) -> Iterator[Session]:
+    """Start Ray here, or connect to a running cluster; a Ray that is already connected is used and left alone.
+
+    Parameters
+    ----------
+    address : None starts Ray on this machine (inside a Ray job: connects to its cluster); ``auto`` finds a Ray that
+        runs here; ``HOST:PORT`` is a head's GCS address.
+    cpus, gpus : logical resources of a local Ray; by default what this process may use.
+
+    Raises
+    ------
+    StudyError : nobody answers at the address, or the token is missing or wrong.
+    """
+    if ray.is_initialized():
+        yield _describe(address is None, None)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address is None:
+        n_cpus = cpus or len(os.sched_getaffinity(0))
+        options |= {"address": "local", "num_cpus": n_cpus, "num_gpus": gpus, "include_dashboard": dashboard}
+        options |= {"resources": {EXPLAIN: float(max(1, n_cpus))}}
+    else:
+        _check_address(address)
+        options |= {"address": address, "runtime_env": _runtime_env()}
+    page = _init(address, options)
+    try:
+        yield _describe(address is None, page)
+    finally:
+        ray.shutdown()
+
+
+def _init(address: str | None, options: dict[str, Any]) -> str | None:
+    """Connect and return the dashboard's address."""
+    where = f"Ray at {address}" if address else "Ray on this machine"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Ray's advance notice on accelerator variables
+            return ray.init(**options).dashboard_url
+    except ray.exceptions.AuthenticationError as error:
+        raise StudyError(
+            f"the token is missing or wrong: {_first_line(error)}",
+            where=where,
+            remedy="on the head run `ray get-auth-token`, and put it into RAY_AUTH_TOKEN or ~/.ray/auth_token here",
+        ) from error
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise StudyError(
+            f"cannot connect: {_first_line(error)}" if address else f"Ray does not start: {_first_line(error)}",
+            where=where,
+            remedy=(
+                "check the address (the head's HOST:6379), that the cluster runs, RAY_AUTH_MODE=token and the token"
+                if address
+                else "see /tmp/ray/session_latest/logs; check memory and disk"
+            ),
+        ) from error
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address that nobody answers at, before Ray tries for a long time; turn token authentication on."""
+    if address.startswith(("http://", "https://")):
+        raise StudyError(
+            "this is a dashboard's address",
+            where=address,
+            remedy="`raystudy submit … --address http://HEAD:8265`, or `raystudy run … --address HEAD:6379`",
+        )
+    if address in ("auto", "local"):
+        return
+    if "://" in address:
+        raise StudyError(
+            "Ray Client is not supported", where=address, remedy="--address HEAD:6379, or `raystudy submit`"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise StudyError(f"{address!r} is no address", where="--address", remedy="HOST:PORT, for example 10.0.0.5:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise StudyError(
+            f"nobody answers: {error.strerror or error}",
+            where=f"Ray at {address}",
+            remedy="start the cluster (`ray up cluster.yaml`), or mend --address (the head's HOST:6379)",
+        ) from error
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+    elif not _is_loopback(host):
+        raise StudyError(
+            "there is no token for this cluster here",
+            where=f"Ray at {address}",
+            remedy="on the head run `ray get-auth-token`, and put it into RAY_AUTH_TOKEN or ~/.ray/auth_token here",
+        )
+
+
+def has_token() -> bool:
+    """Whether Ray would find a token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(path).is_file() if path else (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def _is_loopback(host: str) -> bool:
+    return host.strip("[]") in ("localhost", "::1") or host.startswith("127.")
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Ship this very raystudy to the workers, and where S3 is; credentials are the nodes' own business."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return {}  # a submitted job brought its code along
+    places = {name: os.environ[name] for name in NO_SECRETS if name in os.environ}
+    return {"py_modules": [str(Path(raystudy.__file__).parent)], "env_vars": {**places, "RAY_USAGE_STATS_ENABLED": "0"}}
+
+
+def _describe(local: bool, page: str | None) -> Session:
+    have = ray.cluster_resources()
+    dashboard = f"http://{page}" if page else None
+    return Session(local, have.get("CPU", 0.0), have.get("GPU", 0.0), int(have.get(EXPLAIN, 0)), dashboard)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

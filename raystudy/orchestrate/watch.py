@@ -1,0 +1,163 @@
+"""What the driver sees of a running study: states and events, passed on to the display and the metrics."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from raystudy.errors import StudyError
+from raystudy.orchestrate.explain import ExplainNews
+from raystudy.orchestrate.metrics import StudyMetrics
+from raystudy.orchestrate.plan import PlannedTrial
+from raystudy.orchestrate.progress import Display
+from raystudy.orchestrate.sweep import TrialNews
+from raystudy.study import Study
+
+ENDS = ("finished", "diverged", "failed", "interrupted")
+
+
+@dataclass
+class Watch:
+    """States of all trials and explanation jobs of one run.
+
+    Parameters
+    ----------
+    states : of every trial of the plan.
+    metrics : None where no Ray is connected.
+    """
+
+    study: Study
+    shown: Display
+    states: dict[str, str]
+    metrics: StudyMetrics | None = None
+    trials: dict[str, PlannedTrial] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    explain_total: int = 0
+    explain_done: int = 0
+    explain_running: list[str] = field(default_factory=list)
+    _events: dict[str, int] = field(default_factory=dict)
+    _detail: dict[str, str] = field(default_factory=dict)
+    _spoke: dict[str, float] = field(default_factory=dict)
+    _looked: float = 0.0
+
+    def begin(self, trials: Iterable[PlannedTrial]) -> None:
+        """Show the trials that this run is about."""
+        self.trials |= {t.trial_id: t for t in trials}
+        self._counted()
+
+    def trial(self, news: TrialNews) -> None:
+        """Take over what the sweep says of a trial."""
+        trial_id = news.trial_id
+        if news.state == "retry":
+            self.shown.say(f"again {trial_id}: {news.message}" if news.message else f"again {trial_id}")
+            if self.metrics:
+                self.metrics.retry()
+            return
+        self.states[trial_id] = news.state
+        if news.state == "running":
+            self._spoke[trial_id] = time.monotonic()
+            self._events.setdefault(trial_id, self._count_events(trial_id))
+        if news.state in ENDS:
+            self._look_at(trial_id)
+            for kept in (self._detail, self._spoke):
+                kept.pop(trial_id, None)
+            self._ended(news)
+        self._counted()
+
+    def explanation(self, news: ExplainNews) -> None:
+        """Take over how an explanation job ended."""
+        if news.state == "retry":
+            self.shown.say(f"again {news.job.name}: {news.message}")
+            if self.metrics:
+                self.metrics.retry()
+            return
+        if news.state == "failed":
+            self.failures[news.job.name] = news.message
+            self.shown.say(f"failed {news.job.name}: {news.message}")
+        if news.state in ("finished", "failed"):
+            self.explain_done += 1
+            if self.metrics:
+                self.metrics.explained(news.state)
+        self._counted()
+
+    def tick(self, explain_queue: int = 0) -> None:
+        """Look at the events of the running trials, now and then."""
+        pause = 0.5 if self.study.storage.is_local else 3.0
+        now = time.monotonic()
+        if now - self._looked < pause:
+            return
+        self._looked = now
+        running = [t for t, state in self.states.items() if state == "running"]
+        for trial_id in running:
+            self._look_at(trial_id)
+            if self.metrics:
+                self.metrics.silence(trial_id, now - self._spoke.get(trial_id, now))
+        lines = {t: self._detail.get(t, "0/1 starting") for t in running}
+        self.shown.running({**lines, **dict.fromkeys(self.explain_running, "0/1 explaining")})
+        if self.metrics:
+            self.metrics.queue(explain_queue)
+
+    def _count_events(self, trial_id: str) -> int:
+        try:
+            return len(self.study.trial(trial_id).read_events("events"))
+        except StudyError:
+            return 0
+
+    def _look_at(self, trial_id: str) -> None:
+        try:
+            events = self.study.trial(trial_id).read_events("events", self._events.get(trial_id, 0))
+        except StudyError:
+            return  # the storage is away; the trial and the next look will tell
+        self._events[trial_id] = self._events.get(trial_id, 0) + len(events)
+        if events:
+            self._spoke[trial_id] = time.monotonic()
+        spec = self.trials[trial_id].spec if trial_id in self.trials else None
+        for event in events:
+            if self.metrics and spec:
+                self.metrics.event(trial_id, spec.task, spec.h1_share, event)
+            self._detail[trial_id] = _detail(event) or self._detail.get(trial_id, "")
+
+    def _ended(self, news: TrialNews) -> None:
+        trial_id, detail = news.trial_id, ""
+        if news.state == "failed":
+            self.failures[trial_id] = news.message
+            detail = f": {news.message}"
+        elif news.state == "finished":
+            result = self._result(trial_id)
+            detail = _verdict(result)
+            if self.metrics:
+                self.metrics.ended(trial_id, result.get("tests", {}))
+        self.shown.say(f"{news.state} {trial_id}{detail}")
+
+    def _result(self, trial_id: str) -> dict[str, Any]:
+        try:
+            return dict(self.study.trial(trial_id).read_json("result.json"))
+        except (FileNotFoundError, StudyError, ValueError):
+            return {}
+
+    def _counted(self) -> None:
+        counts = Counter(self.states.values())
+        done = counts["finished"] + counts["diverged"]
+        detail = ", ".join(f"{counts[s]} {s}" for s in ("running", "failed", "diverged", "interrupted") if counts[s])
+        self.shown.count("trials", done, len(self.states), detail)
+        if self.explain_total:
+            self.shown.count("explanations", self.explain_done, self.explain_total)
+        if self.metrics:
+            self.metrics.states(counts)
+
+
+def _detail(event: dict[str, Any]) -> str:
+    if event.get("epoch") is None or event.get("epochs") is None:
+        return ""
+    speed = f"  {event['images_per_second']:.0f} images/s" if event.get("images_per_second") else ""
+    validation = f"  validation {event['val_accuracy']:.1f} %" if event.get("val_accuracy") is not None else ""
+    return f"{event['epoch']}/{event['epochs']} {event.get('stage', '')}{speed}{validation}"
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    tests = result.get("tests", {})
+    shown = "  ".join(f"{name} {found['accuracy']:.1f} %" for name, found in tests.items())
+    return f": {shown}" if shown else ""
