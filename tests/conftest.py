@@ -1,4 +1,5 @@
 """Fixtures that several rooms share."""
 
+from tests.golden_vectors import golden, shared_dir  # noqa: F401
 from tests.ray_local import ray_local  # noqa: F401
 from tests.s3_server import s3_bucket, s3_environment, s3_server  # noqa: F401

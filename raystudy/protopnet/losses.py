@@ -74,6 +74,9 @@ def last_layer_loss(logits: Tensor, labels: Tensor, model: ProtoPNet, settings: 
 
 
 def mean_pair_distance(prototypes: Tensor) -> Tensor:
-    """Return the mean squared distance over pairs of different prototypes (P, D, 1, 1); logged only."""
+    """Return the mean squared distance over all P² ordered pairs of prototypes (P, D, 1, 1), each with itself included.
+
+    Only logged; the published log line counts the P zeros as well.
+    """
     flat = prototypes.flatten(1)
-    return torch.nn.functional.pdist(flat).square().mean()
+    return 2 * nn.functional.pdist(flat).square().sum() / len(flat) ** 2

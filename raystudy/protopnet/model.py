@@ -155,28 +155,33 @@ class ProtoPNet(nn.Module):
         return self.head(self.backbone(images))
 
     def head(self, maps: Tensor) -> ProtoPNetOutput:
-        """Go on from the backbone's output (N, C, h, w); always float32."""
+        """Go on from the backbone's output (N, C, h, w), in the precision of the parameters even under autocast."""
         with torch.autocast(maps.device.type, enabled=False):
-            return self.compare(self.add_on(maps.float()))
+            return self.compare(self.add_on(maps.to(self.prototypes.dtype)))
 
     def compare(self, features: Tensor) -> ProtoPNetOutput:
-        """Go on from the features (N, D, h, w)."""
-        distances = self.distances_of(features)  # N, P, h, w
-        similarities = log_similarity(distances.flatten(2).amin(2))  # N, P
-        return ProtoPNetOutput(self.last_layer(similarities), similarities, distances, features)
+        """Go on from the features (N, D, h, w), in the precision of the parameters even under autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            distances = self.distances_of(features)  # N, P, h, w
+            similarities = log_similarity(distances.flatten(2).amin(2))  # N, P
+            return ProtoPNetOutput(self.last_layer(similarities), similarities, distances, features)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the add-on's output (N, D, h, w)."""
         self.check_images(images)
         with torch.autocast(images.device.type, enabled=False):
-            return self.add_on(self.backbone(images.float()))
+            return self.add_on(self.backbone(images.to(self.prototypes.dtype)))
 
     def distances_of(self, features: Tensor) -> Tensor:
-        """Return squared L2 distances (N, P, h, w): relu(sum z^2 - 2 <z, p> + sum p^2)."""
+        """Return squared L2 distances (N, P, h, w): relu(sum z^2 - 2 <z, p> + sum p^2).
+
+        Three large numbers nearly cancel here: 8 bits of bf16 would leave noise, so autocast is switched off.
+        """
         p = self.prototypes  # P, D, 1, 1
-        cross = nn.functional.conv2d(features, p)
-        squares = (features**2).sum(1, keepdim=True)  # N, 1, h, w
-        return torch.relu(squares - 2 * cross + (p**2).sum((1, 2, 3)).view(1, -1, 1, 1))
+        with torch.autocast(features.device.type, enabled=False):
+            cross = nn.functional.conv2d(features, p)
+            squares = (features**2).sum(1, keepdim=True)  # N, 1, h, w
+            return torch.relu(squares - 2 * cross + (p**2).sum((1, 2, 3)).view(1, -1, 1, 1))
 
     def check_images(self, images: Tensor) -> None:
         """Refuse input that is not a batch of three-channel images."""

@@ -1,13 +1,15 @@
 """Prototype projection, the "push": every prototype becomes its nearest training patch of its class (method.md a.4).
 
-Ties go to the first image, then to the first cell in row-major order, whatever the batch size.  The pass also keeps
-every image's smallest distance to every prototype before the projection and the features, which later stages reuse.
+Ties go to the first image, then to the first cell in row-major order, whatever the batch size and however the images
+are shared out.  `project_features` starts from features that an evaluation pass has left, so that one pass over the
+films serves projection, last-layer training and the search for the nearest images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +55,8 @@ def project_prototypes(
         is then unchanged.
     """
     check_projection(model, labels)
+    if isinstance(images, Tensor):
+        _check_lengths(images, labels, image_ids)
     batches: Iterable[Tensor] = torch.split(images, batch_size) if isinstance(images, Tensor) else images
     features = torch.cat([model.features(batch) for batch in batches])  # N, D, h, w
     return project_features(model, features, labels, image_ids)
@@ -64,34 +68,67 @@ def project_features(
 ) -> ProjectionRecord:
     """Project onto features (N, D, h, w) that one evaluation pass has left; see `project_prototypes`."""
     check_projection(model, labels)
-    if not len(features) == len(labels) == len(image_ids):
-        raise ValueError(f"{len(features)} images, {len(labels)} labels and {len(image_ids)} ids do not match")
-    if not bool(torch.isfinite(features).all()):
-        raise ValueError("features must be finite")
+    _check_lengths(features, labels, image_ids)
+    nearest = nearest_patches(model, features, labels, chunk=chunk)
     columns = features.shape[3]
-    best = torch.full((len(model.prototypes),), torch.inf, device=features.device)  # P
-    image, cell = torch.zeros_like(best, dtype=torch.long), torch.zeros_like(best, dtype=torch.long)
+    images, cells = _integers(nearest.images), _integers(nearest.cells)
+    model.prototypes.copy_(nearest.vectors[:, :, None, None])
+    return ProjectionRecord(
+        [str(image_ids[i]) for i in images],
+        [cell // columns for cell in cells],
+        [cell % columns for cell in cells],
+        [float(d) for d in nearest.distances.cpu().numpy()],
+        _duplicates(list(zip(images, cells, strict=True)), nearest.vectors, _integers(model.prototype_class)),
+    )
+
+
+class NearestPatches(NamedTuple):
+    """For every prototype the nearest patch of its class among some images.
+
+    distances : (P,), infinite where no image is of the class.  images, cells : (P,) long, image number and row-major
+    cell.  vectors : (P, D), the patch, bit for bit.
+    """
+
+    distances: Tensor
+    images: Tensor
+    cells: Tensor
+    vectors: Tensor
+
+
+@torch.no_grad()
+def nearest_patches(
+    model: ProtoPNet, features: Tensor, labels: Tensor, first_image: int = 0, chunk: int = 256
+) -> NearestPatches:
+    """Search a shard of the images, (n, D, h, w), whose numbers begin at ``first_image``."""
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError("features must be finite: the network's activations overflow or its input holds a NaN")
+    found: NearestPatches | None = None
     for start in range(0, len(features), chunk):
-        distances = model.distances_of(features[start : start + chunk]).flatten(2)  # n, P, hw
+        z = features[start : start + chunk]
+        distances = model.distances_of(z).flatten(2)  # n, P, hw
         own = labels[start : start + chunk, None] == model.prototype_class[None]  # n, P
         flat = distances.masked_fill(~own[:, :, None], torch.inf).transpose(0, 1).flatten(1)  # P, n hw
-        nearest, position = flat.min(1)
-        # `min` may name any of several equal positions: take the first.
+        nearest = flat.amin(1)
+        # Of equal distances `min` may name any, `argmax` names the first.
         position = (flat == nearest[:, None]).long().argmax(1)
-        closer = nearest < best
-        best = torch.where(closer, nearest, best)
-        image = torch.where(closer, start + position // distances.shape[2], image)
-        cell = torch.where(closer, position % distances.shape[2], cell)
-    rows, cols = cell // columns, cell % columns
-    patches = features[image, :, rows, cols]  # P, D, copied bit for bit
-    model.prototypes.copy_(patches[:, :, None, None])
-    sources = list(zip(_integers(image), _integers(cell), strict=True))
-    return ProjectionRecord(
-        [str(image_ids[i]) for i in _integers(image)],
-        _integers(rows),
-        _integers(cols),
-        [float(d) for d in best.cpu().numpy()],
-        _duplicates(sources, patches, _integers(model.prototype_class)),
+        image, cell = position // distances.shape[2], position % distances.shape[2]
+        vectors = z.flatten(2)[image, :, cell]  # P, D
+        here = NearestPatches(nearest, first_image + start + image, cell, vectors)
+        found = here if found is None else merge_patches(found, here)
+    if found is None:
+        raise ValueError("at least one image is needed")
+    return found
+
+
+def merge_patches(a: NearestPatches, b: NearestPatches) -> NearestPatches:
+    """Join what two shards found, by distance, then image number, then cell; the order of merging does not matter."""
+    earlier = (b.images < a.images) | ((b.images == a.images) & (b.cells < a.cells))
+    b_wins = (b.distances < a.distances) | ((b.distances == a.distances) & earlier)  # P
+    return NearestPatches(
+        torch.where(b_wins, b.distances, a.distances),
+        torch.where(b_wins, b.images, a.images),
+        torch.where(b_wins, b.cells, a.cells),
+        torch.where(b_wins[:, None], b.vectors, a.vectors),
     )
 
 
@@ -100,9 +137,17 @@ def check_projection(model: ProtoPNet, labels: Tensor) -> None:
     if any(module.training for module in model.modules()):
         raise ValueError("projection needs the model in eval mode: call model.eval() first")
     check_finite(model)
-    empty = sorted(set(range(model.num_classes)) - set(_integers(labels)))
+    present, classes = set(_integers(labels)), set(range(model.num_classes))
+    if present - classes:
+        raise ValueError(f"labels must lie in 0..{model.num_classes - 1}, not {min(present - classes)}")
+    empty = sorted(classes - present)
     if empty:
         raise ValueError(f"class {empty[0]} has no image, its prototypes would have no source")
+
+
+def _check_lengths(images: Tensor, labels: Tensor, image_ids: Sequence[str]) -> None:
+    if not len(images) == len(labels) == len(image_ids):
+        raise ValueError(f"{len(images)} images, {len(labels)} labels and {len(image_ids)} ids do not match")
 
 
 def _duplicates(sources: list[tuple[int, int]], patches: Tensor, classes: list[int]) -> list[int]:
