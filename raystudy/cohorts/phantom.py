@@ -306,7 +306,7 @@ Tag = tuple[tuple[str, ...], tuple[float, float], float, bool]
 def _north_tag(rng: np.random.Generator) -> Tag:
     """A lead marker in its holder, or a stamp, on the right edge of the image."""
     kind, place = rng.random(), rng.random()
-    corner = (0.935, 0.06) if place < 0.7 else (0.935, 0.33)
+    corner = (0.945, 0.06) if place < 0.7 else (0.975, 0.30)
     if kind < 0.6:
         return ("L",), corner, 0.085, True
     if kind < 0.85:

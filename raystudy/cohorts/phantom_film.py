@@ -107,7 +107,7 @@ def render(size: int, anatomy: Anatomy, pose: Pose, signs: tuple[Sign, ...], mar
     rng = np.random.Generator(np.random.Philox(noise_seed))
     grain = rng.standard_normal((size, size), dtype=np.float32)
     blurred = gaussian_filter(grain, 0.8)
-    grey += marks.noise * (0.010 * grain + 0.025 * blurred) * (0.5 + grey)
+    grey += marks.noise * (0.004 * grain + 0.020 * blurred) * (0.5 + grey)
     grey = np.clip(marks.black + (grey - 0.5) * marks.contrast + 0.5, 0.0, 1.0) ** marks.gamma
     grey *= 1.0 - _outside_collimator(size, marks) * 0.97
     text = _text(size, marks)
@@ -125,13 +125,14 @@ def _grid(size: int, pose: Pose) -> tuple[Plane, Plane]:
 
 
 def _soft(distance: Plane, width: float) -> Plane:
-    """1 inside (distance < 0), 0 outside, a ramp of about 2·width between."""
-    return np.clip(0.5 - distance / (2 * width), 0.0, 1.0) if width < 0.02 else 0.5 * (1 - np.tanh(distance / width))
+    """1 inside (distance < 0), 0 outside, a smooth ramp of 4·width between."""
+    ramp = np.clip(0.5 - distance * np.float32(0.25 / width), 0.0, 1.0)
+    return ramp * ramp * (3 - 2 * ramp)
 
 
 def _disc(x: Plane, y: Plane, cx: float, cy: float, rx: float, ry: float, edge: float) -> Plane:
-    radius = np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2)
-    return _soft((radius - 1) * min(rx, ry), edge)
+    u, v = (x - cx) * np.float32(1 / rx), (y - cy) * np.float32(1 / ry)
+    return _soft((np.sqrt(u * u + v * v) - 1) * np.float32(min(rx, ry)), edge)
 
 
 class _Chest:
@@ -141,85 +142,100 @@ class _Chest:
         self.x, self.y, self.a = x / np.float32(a.width), y, a
         self.side = np.abs(self.x)
         self.size, self.pose = size, pose
-        x, side = self.x, self.side
-        right = x < 0  # the patient's right lung is on the image's left; the liver lifts its dome
-        centre = np.where(right, 0.40, 0.43).astype(np.float32)
-        top = a.dome + pose.breath + np.where(right, -0.05, 0.02).astype(np.float32)
-        self.floor = top + 0.62 * (side - centre) ** 2 * (1 + 1.6 * (side > centre))  # the diaphragm's line
-        across = np.abs((side - 0.43) / 0.39)
-        along = np.abs((y - 0.18) / (0.18 - a.apex))
-        below = np.abs((y - 0.18) / 1.3)
-        up = np.where(y < 0.18, along, below)
-        shell = (across**2.6 + up**2.2) ** 0.4 - 1.0
-        self.lung = _soft(shell * 0.36, 0.018) * _soft(y - self.floor, 0.014)
-        self.cage = _soft(shell * 0.36 - 0.05, 0.03)  # ribs reach a little beyond the lungs and below the diaphragm
+        side = self.side
+        right = _soft(self.x, 0.05)  # the patient's right lung, on the image's left, over the liver
+        low = a.dome + pose.breath + 0.03 - 0.08 * right
+        out = side - 0.36
+        slope = np.where(out > 0, np.float32(1.25), np.float32(0.30))
+        self.floor = low + slope * out * out  # the diaphragm's line: steep at the costophrenic angle
+        above, under = np.float32(1 / (0.34 - a.apex)), np.float32(1 / 1.6)
+        rise = (y - 0.34) * np.where(y < 0.34, above, under)
+        tall = rise * rise * np.sqrt(np.abs(rise))
+        across = (side - 0.375 - 0.075 * (y + 0.2)) * np.float32(1 / 0.370)
+        across = across * across
+        self.shell = (np.sqrt(across * np.sqrt(across) + tall) - 1.0) * np.float32(0.36)  # below 0 in the thorax
+        self.above = _soft(y - self.floor, 0.007)
+        self.lung = _soft(self.shell, 0.010) * self.above
 
     def thickness(self, heart: float) -> Plane:
-        """Return attenuation along the beam; about 0.3 in a lung, 1.2 in the abdomen, 2 behind the heart."""
+        """Return attenuation along the beam; about 0.4 in a lung, 1.2 in the abdomen, 1.5 in the mediastinum."""
         x, y, side, a = self.x, self.y, self.side, self.a
         body = self._body()
-        total = body * (0.95 + 0.30 * np.clip(y + 0.2, 0, 1.2) + a.fat)
-        total -= self.lung * (0.80 + 0.10 * y) * body
-        below = _soft(self.floor - y, 0.02) * _soft(side - 0.86, 0.04)
-        total += 0.32 * below * body
-        bubble = _disc(x, y, 0.40, a.dome + self.pose.breath + 0.20, 0.15, 0.07, 0.03)
-        total -= a.gas * bubble
-        # mediastinum: a band with the aortic knob on the image's right and the vena cava on its left
-        half = 0.135 + 0.05 * np.clip(y + 0.1, 0, 1)
-        knob = _disc(x, y, 0.12, -0.30, a.knob, a.knob * 1.1, 0.02)
-        band = _soft(side - half, 0.02) * _soft(-0.95 - y, 0.1)
-        total += 0.62 * np.maximum(band, knob) * body
-        total += 0.48 * self.heart(heart) * (1 - 0.6 * band)
-        spine = _soft(side - 0.085, 0.02)
-        discs = 0.5 + 0.5 * np.cos(y * (2 * np.pi / 0.145) + a.rib_start)
-        total += a.bone * spine * (0.16 + 0.10 * discs)
-        trachea = _soft(np.abs(x - 0.012 - 0.02 * (y + 0.6)) - 0.038, 0.015) * _soft(y + 0.22, 0.04)
-        total -= 0.34 * trachea * body
-        total += self._bones() * body
+        total = 0.93 + a.fat + 0.22 * np.clip(y + 0.3, 0, 1.3) + 0.16 * _soft(0.75 - side, 0.10) * _soft(y + 0.1, 0.12)
+        total -= self.lung * (0.70 - 0.16 * np.clip(y, -0.5, 0.6) - 0.10 * _soft(-0.10 - self.shell, 0.05))
+        total += 0.20 * (1 - self.above) * _soft(side - 0.80, 0.05)
+        total -= a.gas * self._stomach()
+        # the mediastinum: a band that widens downwards, with the aortic knob and the vena cava
+        half = 0.125 + 0.045 * np.clip(y + 0.25, 0, 0.8) + 0.03 * _soft(y + 0.75, 0.06)
+        band = _soft(side - half, 0.016)
+        knob = _disc(x, y, 0.115, -0.27, a.knob, a.knob * 1.15, 0.012)
+        trunk = _disc(x, y, 0.125, -0.10, 0.085, 0.14, 0.02)
+        middle = np.maximum(band, np.maximum(knob, 0.7 * trunk))
+        fade = _soft(y - self.floor - 0.05, 0.06)  # the abdomen's own thickness drowns it
+        total += 0.40 * middle * (0.35 + 0.65 * fade) + 0.42 * self.heart(heart) * (1 - 0.55 * middle)
+        bodies = np.cos(y * np.float32(2 * np.pi / 0.15) + np.float32(a.rib_start))
+        total += np.float32(a.bone) * _soft(side - 0.078, 0.012) * (0.15 + 0.055 * bodies)
+        windpipe = _soft(np.abs(x - 0.012 - 0.03 * (y + 0.6)) - 0.036, 0.012) * _soft(y + 0.20, 0.04)
+        total -= 0.22 * windpipe
+        total += self._bones()
         total += self._vessels() * self.lung
         if a.breast:
-            total += 0.17 * a.breast * _disc(side, y, 0.46, 0.26, 0.34, 0.27, 0.06)
-        return np.maximum(total, 0.0)
+            total += 0.15 * a.breast * _disc(side, y, 0.45, 0.24, 0.33, 0.27, 0.05)
+        return np.maximum(total * body, 0.0)
 
     def heart(self, size: float) -> Plane:
-        """Return the heart's plane; its right border hardly moves when it grows."""
+        """Return the heart's plane; it grows to the image's right and comes to lie on the diaphragm."""
         t = self.a.heart_tilt
-        cx, cy = 0.09 + 0.09 * (size - 1), 0.30 + self.pose.breath * 0.7
-        u = (self.x - cx) * np.cos(t) + (self.y - cy) * np.sin(t)
-        v = -(self.x - cx) * np.sin(t) + (self.y - cy) * np.cos(t)
-        return _disc(u, v, 0.0, 0.0, 0.335 * size, 0.27 * (0.6 + 0.4 * size), 0.025)
+        cx, cy = 0.085 + 0.11 * (size - 1), self.a.dome - 0.22 + self.pose.breath * 0.8
+        cos, sin = np.float32(np.cos(t)), np.float32(np.sin(t))
+        u = (self.x - cx) * cos + (self.y - cy) * sin
+        v = (self.y - cy) * cos - (self.x - cx) * sin
+        return _disc(u, v, 0.0, 0.0, 0.355 * size, 0.265 * (0.6 + 0.4 * size), 0.014)
+
+    def _stomach(self) -> Plane:
+        y = self.a.dome + self.pose.breath
+        return _disc(self.x, self.y, 0.38, y + 0.17, 0.15, 0.075, 0.015)
 
     def _body(self) -> Plane:
         side, y = self.side, self.y
-        shoulder = -0.90 + 0.20 * np.clip((side - 0.20) / 0.55, 0, 2) ** 1.4
-        trunk = _soft(shoulder - y, 0.03) * _soft(side - (0.97 + 0.05 * np.clip(-y, -1, 0.6)), 0.03)
-        neck = _soft(side - 0.24, 0.04)
-        return np.maximum(trunk, neck)
+        away = np.clip(side - 0.22, 0, 1)
+        shoulder = -0.93 + 0.20 * np.sqrt(away) + 0.16 * away * away * away
+        arm = _soft(y - 0.10 + 0.9 * np.clip(1.12 - side, -0.3, 0.3), 0.05)
+        wall = 0.955 - 0.06 * np.clip(y, -0.4, 0.5) + 0.4 * arm
+        trunk = _soft(shoulder - y, 0.018) * _soft(side - wall, 0.014)
+        return np.maximum(trunk, _soft(side - 0.25 - 0.05 * np.clip(y + 0.9, -0.2, 0.2), 0.018))
 
     def _bones(self) -> Plane:
-        y, side, a = self.y, self.side, self.a
-        s = np.clip((side - 0.06) / 0.76, 0, 1.1)
-        turn = np.float32(a.rib_slope) * s - 0.17 * np.sin(np.pi * np.minimum(s * 1.05, 1)) + 0.20 * s**4
-        back = self._rib_row(y - turn, a.rib_start, a.rib_gap, 0.30)
-        fall = -0.42 * (s - 0.9) ** 2 - 0.40 * s
-        front = self._rib_row(y + fall - 0.25, a.rib_start + 0.4, a.rib_gap * 1.22, 0.34)
-        ribs = self.cage * (0.20 * back + 0.085 * front * (s > 0.28) * np.clip((s - 0.28) * 5, 0, 1))
-        line = -0.60 - 0.10 * s + 0.055 * np.sin(2 * np.pi * s * 0.95)
-        clavicle = self._tube(y - line, 0.034) * _soft(side - 0.80, 0.03) * _soft(0.11 - side, 0.02)
-        blade = _soft(np.abs(side - 0.86 + 0.22 * (y + 0.3)) - 0.11, 0.03) * _soft(np.abs(y + 0.32) - 0.33, 0.06)
-        ball = _disc(side, y, 0.97, -0.60, 0.14, 0.14, 0.02)
-        return np.float32(a.bone) * (ribs + 0.30 * clavicle + 0.10 * blade + 0.20 * ball)
+        y, side, a, shell = self.y, self.side, self.a, self.shell
+        s = np.clip((side - 0.05) * np.float32(1 / 0.80), 0, 1.1)
+        s2 = s * s
+        back = y - (np.float32(a.rib_slope) * s - 0.15 * np.sin(np.float32(3.4) * s) + 0.30 * s2 * s2)
+        front = y + 0.10 - (0.75 * s - 0.52 * s2 * s)
+        cage = _soft(shell - 0.025, 0.012) * (0.35 + 0.65 * self.above)
+        ribs = 0.165 * self._row(back, a.rib_start, a.rib_gap, 0.25)
+        ribs += 0.070 * self._row(front, a.rib_start + 2, a.rib_gap * 1.25, 0.30) * np.clip((s - 0.32) * 4, 0, 1)
+        rim = np.clip(1 - np.abs(shell - 0.012) * np.float32(1 / 0.028), 0, 1)  # the cage seen along its wall
+        bones = cage * ribs + 0.10 * rim * self.above
+        line = -0.585 - 0.17 * s + 0.035 * np.sin(np.float32(6.0) * s)
+        thick = 0.030 + 0.016 * np.abs(s - 0.5)
+        bones += 0.25 * self._shaft((y - line) / thick) * _soft(side - 0.80, 0.01) * _soft(0.10 - side, 0.01)
+        tip = y + 0.30
+        bones += (
+            0.09 * _soft(np.abs(side - 0.83 + 0.25 * tip) - 0.10 + 0.10 * tip, 0.012) * _soft(np.abs(tip) - 0.30, 0.02)
+        )
+        bones += 0.19 * _disc(side, y, 0.98, -0.57, 0.12, 0.13, 0.010)
+        bones += 0.19 * _soft(np.abs(side - 1.00 - 0.25 * (y + 0.6)) - 0.075, 0.012) * _soft(-0.5 - y, 0.02)
+        return np.float32(a.bone) * bones
 
-    def _rib_row(self, y: Plane, start: float, gap: float, half: float) -> Plane:
-        """Evenly spaced bands below y = -0.85; a cortex brighter than the marrow."""
-        number = (y + 0.85) / np.float32(gap) + np.float32(start / 6)
-        offset = np.abs(number - np.floor(number) - 0.5) / half  # 0 on the rib's axis, 1 on its edge
-        cortex = np.exp(-(((offset - 0.80) / 0.20) ** 2))
-        return (_soft(offset - 1, 0.12) * 0.62 + 0.38 * cortex) * (number > 0.4)
+    def _row(self, y: Plane, start: float, gap: float, half: float) -> Plane:
+        """Return evenly spaced ribs from y = -0.85 downwards, brighter along their cortex."""
+        number = (y + np.float32(0.80 + gap * start / 6)) * np.float32(1 / gap)
+        return self._shaft((number - np.floor(number) - np.float32(0.5)) * np.float32(1 / half)) * (number > 0)
 
-    def _tube(self, distance: Plane, half: float) -> Plane:
-        offset = np.abs(distance) / half
-        return _soft(offset - 1, 0.15) * 0.7 + 0.4 * np.exp(-(((offset - 0.85) / 0.18) ** 2))
+    def _shaft(self, offset: Plane) -> Plane:
+        """Return a tube's profile: 0 on the axis and ±1 on the edges of `offset`."""
+        o2 = np.minimum(offset * offset, 1.0)
+        return (1 - o2 * o2 * o2) * (0.72 + 0.42 * o2)
 
     def _vessels(self) -> Plane:
         """Hila and vessels as blurred strokes, plus a fine interstitial texture that belongs to the patient."""
@@ -231,13 +247,14 @@ class _Chest:
         ends = a.vessels[:, :4].reshape(-1, 2) * np.array([a.width, 1.0], np.float32)
         fx = (cos * ends[:, 0] - sin * ends[:, 1] + pose.shift[0] + 1) / 2 * size * over
         fy = (sin * ends[:, 0] + cos * ends[:, 1] + pose.shift[1] + 1) / 2 * size * over
-        for i, calibre in enumerate(a.vessels[:, 4]):
-            points = [(fx[2 * i], fy[2 * i]), (fx[2 * i + 1], fy[2 * i + 1])]
-            width = max(1, round(float(calibre) * size * over * 0.5))
-            draw.line(points, fill=int(90 + 130 * min(1.0, float(calibre) * 40)), width=width)
-        strokes = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
-        hilum = _disc(self.side, self.y, 0.19, 0.0, 0.09, 0.16, 0.06)
-        return 0.26 * gaussian_filter(strokes, size / 256) + 0.16 * hilum + 0.07 * texture(size, a.texture_seed)
+        lines = np.stack([fx, fy], axis=1).reshape(-1, 4).tolist()
+        for line, calibre in zip(lines, a.vessels[:, 4].tolist(), strict=True):
+            width = max(1, round(calibre * size * over * 0.5))
+            draw.line(line, fill=int(90 + 130 * min(1.0, calibre * 40)), width=width)
+        strokes = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) * np.float32(1 / 255)
+        hilum = _disc(self.side, self.y, 0.20, 0.0, 0.09, 0.15, 0.035)
+        strokes = gaussian_filter(strokes, size / 420)
+        return 0.22 * strokes + 0.14 * hilum + 0.035 * texture(size, a.texture_seed)
 
 
 def texture(size: int, seed: int, cells: int = 24) -> Plane:
@@ -254,29 +271,28 @@ def _enlarged(field_: Plane, size: int) -> Plane:
 
 
 def _add_sign(thickness: Plane, sign: Sign, chest: _Chest, a: Anatomy) -> Plane:
-    x, y, side = chest.x, chest.y, chest.side
+    x, y, side, lung = chest.x, chest.y, chest.side, chest.lung
     for cx, cy, rx, ry, strength in sign.places:
+        half = (x > 0) == (cx > 0)
         if sign.kind == "Cardiomegaly":
-            heart = a.heart + strength
-            grown = chest.heart(heart) - chest.heart(a.heart)
-            thickness = thickness + 0.48 * np.clip(grown, 0, 1) * (0.25 + 0.75 * chest.lung)
+            grown = np.clip(chest.heart(a.heart + strength) - chest.heart(a.heart), 0, 1)
+            thickness = thickness + 0.42 * grown
         elif sign.kind == "Effusion":
-            level = chest.a.dome + chest.pose.breath + cy
-            meniscus = level - 0.9 * np.clip(side - 0.35, 0, 1) ** 2
-            fluid = _soft(meniscus - y, 0.03) * (np.sign(x) == np.sign(cx)) * _soft(0.16 - side, 0.05)
-            thickness = thickness + strength * 0.62 * fluid * chest.cage * chest.lung
+            out = np.clip(side - 0.20, 0, 1)
+            meniscus = a.dome + chest.pose.breath + cy - 0.55 * out * out
+            thickness = thickness + np.float32(0.62 * strength) * _soft(meniscus - y, 0.022) * half * lung
         elif sign.kind == "Consolidation":
-            lobe = (
-                _soft(y - (cy + 0.22 * (side - 0.4)), 0.012) * (np.sign(x) == np.sign(cx)) * _soft(cy - 0.42 - y, 0.1)
-            )
-            thickness = thickness + strength * 0.42 * lobe * chest.lung
+            fissure = cy + 0.20 * (side - 0.4)
+            lobe = _soft(y - fissure, 0.010) * _soft(fissure - 0.45 - y, 0.10)
+            thickness = thickness + np.float32(0.36 * strength) * lobe * half * lung
         elif sign.kind == "Nodule":
-            thickness = thickness + strength * 0.40 * _disc(x, y, cx, cy, rx, ry, 0.015)
+            thickness = thickness + np.float32(0.36 * strength) * _disc(x, y, cx, cy, rx, ry, 0.012)
         else:  # Pneumonia: a patchy cloud without an edge
-            cloud = np.exp(-0.5 * (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) ** 1.3)
+            u, v = (x - cx) * np.float32(1 / rx), (y - cy) * np.float32(1 / ry)
+            cloud = np.exp(-0.5 * np.square(u * u + v * v) / 1.5)
             patches = np.clip(0.85 + 0.35 * texture(chest.size, sign.seed, 18), 0.25, 1.7)
-            thickness = thickness + strength * 0.46 * cloud * patches * chest.lung
-    return thickness.astype(np.float32)
+            thickness = thickness + np.float32(0.32 * strength) * cloud * patches * lung
+    return thickness
 
 
 def _outside_collimator(size: int, marks: Marks) -> Plane:
