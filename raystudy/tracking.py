@@ -2,7 +2,7 @@
 
 In flow the events, results, explanations and tables of a study directory; out flow an MLflow parent run for the study
 and a run for every trial, found again by tag.  A cursor in the study directory says what is already there, and every
-metric carries its event's own time and step, so that sending twice changes nothing.  MLflow being down, slow or wrong
+number carries its event's own time and step, so that sending twice changes nothing.  MLflow being down, slow or wrong
 never touches training: the mirror tries again later.  No film and no patient id is sent unless ``tracking.images``.
 This is the only module that imports mlflow.
 """
@@ -11,97 +11,69 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
-import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # a repeated "create run" would make two; the mirror looks first
 
+import alembic.util
 import mlflow
 import requests
-from mlflow.entities import Metric, Param, ViewType
+import sqlalchemy.exc
+from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from raystudy.config import Tracking
 from raystudy.errors import StudyError
+from raystudy.storage import Storage
 from raystudy.study import Study
+from raystudy.tracking_values import (
+    MOST_NUMBERS,
+    Number,
+    event_numbers,
+    event_time,
+    faithfulness_numbers,
+    parameters,
+    result_numbers,
+)
 
 OLDEST, FIRST_UNKNOWN = (3, 1), (4, 0)  # versions of MLflow whose interface this module speaks
-INTERVAL_SECONDS = 5.0
-BATCH = 900  # metrics a request; MLflow takes 1,000 entries at most
-TEST_METRICS = {"Test-100H1": "test_100h1", "Test-100H2": "test_100h2", "Test-50-50": "test_50_50"}
-EVENT_METRICS = (
-    "val_accuracy",
-    "val_cross_entropy",
-    "images_per_second",
-    "total",
-    "cross_entropy",
-    "cluster",
-    "separation",
-    "l1",
-)
-PRIVATE_FIGURES = ("figures/films_",)  # figures that show films
-_Unavailable = (MlflowException, requests.RequestException, OSError)
-log = logging.getLogger("raystudy.tracking")
+EVENTS_A_BATCH = 1000 // MOST_NUMBERS  # MLflow takes 1,000 metrics a request
+PARAMS_A_BATCH = 100
+STUDY, TRIAL, STARTED = "raystudy.study", "raystudy.trial_id", "raystudy.started"  # tags that name a run
+PRIVATE = ("report/figures/films", "report/index.html")  # of the report: what shows films
+
+T = TypeVar("T")
 
 
-class Mirror:
-    """Keeps an MLflow store equal to a study directory, from a thread of its own.
+class GivenUpError(Exception):
+    """The study has ended and does not wait for MLflow any longer."""
 
-    `sync` sends what is new and raises when MLflow does not answer; the thread logs that once and tries again.
-    """
 
-    def __init__(self, study: Study, settings: Tracking, interval: float = INTERVAL_SECONDS) -> None:
-        self.study, self.settings, self.interval = study, settings, interval
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._silent = False
-        self._store: _Store | None = None
+def _failures() -> tuple[type[Exception], ...]:
+    """Return everything by which an MLflow store says that it is not there or not well."""
+    known: list[type[Exception]] = [MlflowException, requests.RequestException, OSError, ImportError]
+    known += [sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError]
+    with contextlib.suppress(ImportError):  # artifacts on S3
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
 
-    def start(self) -> None:
-        """Mirror in the background until `close`."""
-        self._thread = threading.Thread(target=self._loop, name="mlflow-mirror", daemon=True)
-        self._thread.start()
+        known += [Boto3Error, BotoCoreError, ClientError]
+    return tuple(known)
 
-    def _loop(self) -> None:
-        wait = self.interval
-        while not self._stop.wait(wait):
-            wait = self.interval if self._try() else min(60.0, 2 * wait)
 
-    def _try(self) -> bool:
-        try:
-            self.sync()
-        except (*_Unavailable, StudyError) as error:
-            if not self._silent:
-                log.warning("MLflow at %s does not answer (%s); training goes on", self.settings.uri, _short(error))
-            self._silent = True
-            return False
-        self._silent = False
-        return True
-
-    def sync(self) -> None:
-        """Send everything that is not there yet."""
-        if self._store is None:
-            self._store = _Store(self.study, self.settings)
-        self._store.sync()
-
-    def close(self) -> bool:
-        """Stop the thread and send what is left; False when MLflow does not answer (repair: `report --sync`)."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        return self._try()
+UNAVAILABLE = _failures()
 
 
 def sync_study(study: Study, settings: Tracking) -> None:
@@ -111,14 +83,12 @@ def sync_study(study: Study, settings: Tracking) -> None:
     ------
     StudyError : MLflow does not answer.
     """
-    cursor = _cursor_path(settings)
-    if study.storage.exists(cursor):
-        study.storage.delete(cursor)
+    study.storage.delete(_cursor_path(settings))
     try:
-        _Store(study, settings).sync()
-    except _Unavailable as error:
+        Store(study, settings, Line()).sync(final=True)
+    except UNAVAILABLE as error:
         raise StudyError(
-            f"MLflow does not answer: {_short(error)}",
+            f"MLflow does not answer: {first_line(error)}",
             where=settings.uri,
             remedy="start the server, or name another with --tracking-uri, then `raystudy report EXPERIMENT --sync`",
         ) from None
@@ -144,184 +114,248 @@ def _server_version(uri: str) -> list[tuple[str, str]]:
         answer.raise_for_status()
     except requests.RequestException as error:
         raise StudyError(
-            f"MLflow does not answer: {_short(error)}",
+            f"MLflow does not answer: {first_line(error)}",
             where=uri,
             remedy="start `mlflow server`, or use sqlite:///mlflow.db",
         ) from None
-    return [("server", answer.text.strip())]
+    return [("server", answer.text.strip()[:40])]
 
 
 def _cursor_path(settings: Tracking) -> str:
     return f"tracking/{hashlib.sha256(settings.uri.encode()).hexdigest()[:12]}.json"
 
 
-def _short(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-class _Store:
-    """One MLflow store as seen from one study: its runs by tag, and what has been sent."""
+class Line:
+    """The line to a store: when it was heard last, and whether anybody still waits."""
 
-    def __init__(self, study: Study, settings: Tracking) -> None:
-        self.study, self.settings = study, settings
+    def __init__(self) -> None:
+        self.heard = time.monotonic()
+        self.given_up = threading.Event()
+
+    def __call__(self, request: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        if self.given_up.is_set():
+            raise GivenUpError
+        answer = request(*args, **kwargs)
+        self.heard = time.monotonic()
+        return answer
+
+
+class Store:
+    """One MLflow store as seen from one study: its runs by tag, and what has been sent.
+
+    A trial's run is named by study, trial and the time of its first event: a trial that was deleted and trained anew
+    has a run of its own, and one whose creation timed out is found again.
+    """
+
+    def __init__(self, study: Study, settings: Tracking, line: Line) -> None:
+        self.study, self.settings, self.ask = study, settings, line
+        for name in ("alembic", "mlflow.store.db.utils"):  # a new database tells of every migration
+            logging.getLogger(name).setLevel(logging.ERROR)
         self.client = MlflowClient(tracking_uri=settings.uri)
-        name = settings.experiment or study.name
-        with contextlib.redirect_stderr(io.StringIO()):  # a new sqlite file tells of every migration
-            found = self.client.get_experiment_by_name(name)
-        try:
-            self.experiment_id = found.experiment_id if found else self.client.create_experiment(name)
-        except MlflowException:  # made by another study at this moment
-            self.experiment_id = self.client.get_experiment_by_name(name).experiment_id  # type: ignore[union-attr]
-        self.runs = {run.data.tags.get("raystudy.trial_id", ""): run.info.run_id for run in self._runs()}
+        self.experiment_id = self._experiment(settings.experiment or study.name)
         self.sent: dict[str, Any] = {}
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             self.sent = study.storage.read_json(_cursor_path(settings))
+        self.runs: dict[tuple[str, str], str] = {}
+        self._find_runs()
 
-    def _runs(self) -> Iterator[Any]:
+    def _experiment(self, name: str) -> str:
+        found = self.ask(self.client.get_experiment_by_name, name)
+        if found is None:
+            try:
+                return self.ask(self.client.create_experiment, name, _artifact_folder(self.settings.uri, name))
+            except MlflowException:  # made by another study at this moment
+                found = self.ask(self.client.get_experiment_by_name, name)
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            self.ask(self.client.restore_experiment, found.experiment_id)
+        return found.experiment_id
+
+    def _find_runs(self) -> None:
+        """Learn the study's runs; of two with one name (a creation timed out and came late) the cursor's stays."""
+        known = {sent.get("run") for sent in self.sent.values()}
+        for run in sorted(self._list_runs(), key=lambda r: (r.info.run_id not in known, r.info.run_id)):
+            name = (run.data.tags.get(TRIAL, ""), run.data.tags.get(STARTED, ""))
+            if name in self.runs:
+                self.ask(self.client.delete_run, run.info.run_id)
+            else:
+                self.runs[name] = run.info.run_id
+        self.live = set(self.runs.values())
+
+    def _list_runs(self) -> Iterator[Any]:
         token = None
+        condition = f"tags.`{STUDY}` = '{self.study.name}'"
         while True:
-            page = self.client.search_runs(
-                [self.experiment_id],
-                f"tags.`raystudy.study` = '{self.study.name}'",
-                ViewType.ACTIVE_ONLY,
-                max_results=1000,
-                page_token=token,
+            page = self.ask(
+                self.client.search_runs, [self.experiment_id], condition, ViewType.ACTIVE_ONLY, 1000, None, token
             )
             yield from page
             token = page.token
             if not token:
                 return
 
-    def run(self, trial_id: str) -> str:
-        """Return the run of a trial ("" = the study's own), made when no run has its tag."""
-        if trial_id not in self.runs:
-            # A creation that timed out may have succeeded: look before making another.
-            self.runs |= {r.data.tags.get("raystudy.trial_id", ""): r.info.run_id for r in self._runs()}
-        if trial_id not in self.runs:
-            tags = {"raystudy.study": self.study.name, "raystudy.trial_id": trial_id}
+    def run(self, trial_id: str, started: int | None = None) -> str:
+        """Return the run of a trial ("" = the study's own), made when no run has its name."""
+        name = (trial_id, str(started or ""))
+        if name not in self.runs:  # after a failure the store is looked at anew, so a timed out creation was found
+            tags = {STUDY: self.study.name, TRIAL: name[0], STARTED: name[1]}
             if trial_id:
                 tags["mlflow.parentRunId"] = self.run("")
-            made = self.client.create_run(self.experiment_id, tags=tags, run_name=trial_id or self.study.name)
-            self.runs[trial_id] = made.info.run_id
-        return self.runs[trial_id]
+            made = self.ask(
+                self.client.create_run, self.experiment_id, started, tags, run_name=trial_id or self.study.name
+            )
+            self.runs[name] = made.info.run_id
+            self.live.add(made.info.run_id)
+        return self.runs[name]
 
-    def sync(self) -> None:
+    def sync(self, final: bool) -> None:
+        """Send everything that is not there yet; the report only when it is final."""
         before = json.dumps(self.sent, sort_keys=True)
         try:
-            files = self.study.files()
-            self.run("")
-            for trial_id in self.study.trial_ids():
-                self._sync_trial(trial_id, files.get(trial_id, set()))
-            self._sync_report()
+            plan, files = self.study.plan(), self.study.files()
+            for trial_id in plan["trials"]:
+                explained = plan.get("explain", {}).get(trial_id, {}).get("faithfulness")
+                self._sync_trial(trial_id, files.get(trial_id, set()), explained)
+            if final:
+                done = all("result.json" in files.get(t, ()) for t in plan["trials"])
+                self._sync_study("FINISHED" if done else "RUNNING")
         finally:
             if json.dumps(self.sent, sort_keys=True) != before:
                 self.study.storage.write_json(_cursor_path(self.settings), self.sent)
 
-    def _sync_trial(self, trial_id: str, names: set[str]) -> None:
-        sent = self.sent.setdefault(trial_id, {"events": 0, "parts": []})
-        if "spec.json" not in names or "closed" in sent["parts"]:
+    def _sync_trial(self, trial_id: str, names: set[str], explained: str | None) -> None:
+        sent = self.sent.get(trial_id, {})
+        if sent.get("run") not in self.live:
+            sent = {}  # nothing was sent, or somebody deleted the run
+        if "spec.json" not in names or not any(n.split("/")[0] == "events" for n in names):
+            return
+        done = f"explain/{explained}/done.json"
+        if sent.get("result") and (done not in names or explained == sent.get("faithfulness")):
             return
         directory = self.study.trial(trial_id)
+        if not sent:
+            first = directory.read_events("events")[:1]
+            if not first:
+                return
+            started = event_time(first[0])
+            sent = {"run": self.run(trial_id, started), "events": 0, "position": [-1, 0, 0]}
+        self.sent[trial_id] = sent
+        run = sent["run"]
+        if "params" not in sent:
+            self._send_parameters(run, parameters(directory.read_json("spec.json")))
+            sent["params"] = True
+        self._send_events(run, directory, names, sent)
+        if "result.json" in names and not sent.get("result"):
+            self._send_result(run, directory)
+            sent["result"] = True
+        if done in names and explained != sent.get("faithfulness"):
+            self._send_faithfulness(run, directory, f"explain/{explained}")
+            sent["faithfulness"] = explained
+
+    def _send_parameters(self, run: str, wanted: dict[str, str]) -> None:
+        """Send parameters; MLflow refuses another value of one that is there, so that becomes a tag."""
+        known = self.ask(self.client.get_run, run).data.params
+        params = [Param(key, value) for key, value in wanted.items() if key not in known]
+        for start in range(0, len(params), PARAMS_A_BATCH):
+            self.ask(self.client.log_batch, run, params=params[start : start + PARAMS_A_BATCH])
+        changed = [RunTag(f"raystudy.now.{k}", v) for k, v in wanted.items() if known.get(k, v) != v]
+        if changed:
+            self.ask(self.client.log_batch, run, tags=changed)
+
+    def _send_events(self, run: str, directory: Storage, names: set[str], sent: dict[str, Any]) -> None:
         events = directory.read_events("events", sent["events"])
-        if not events and sent["events"] == 0:
+        for start in range(0, len(events), EVENTS_A_BATCH):
+            chunk = events[start : start + EVENTS_A_BATCH]
+            numbers, position = event_numbers(chunk, sent["position"])
+            self._send_numbers(run, numbers)
+            sent["position"], sent["events"] = position, sent["events"] + len(chunk)
+        if events:
+            sent["last"] = [event_time(events[-1]), events[-1]["event"]]
+        when, last = sent.get("last", [0, ""])
+        self._set_status(run, _run_status(names, last), when, sent)
+
+    def _set_status(self, run: str, status: str, when: int, sent: dict[str, Any]) -> None:
+        if sent.get("status", "RUNNING") == status:
             return
-        run = self.run(trial_id)
-        if "params" not in sent["parts"]:
-            self.client.log_batch(run, params=_params(directory.read_json("spec.json")))
-            sent["parts"].append("params")
-        for start in range(0, len(events), BATCH // len(EVENT_METRICS)):
-            chunk = events[start : start + BATCH // len(EVENT_METRICS)]
-            metrics = [m for event in chunk for m in _event_metrics(event)]
-            if metrics:
-                self.client.log_batch(run, metrics=metrics)
-            sent["events"] += len(chunk)
-        self._set_status(run, names, sent)
-        if "result.json" in names and "result" not in sent["parts"]:
-            self._send_result(run, trial_id)
-            sent["parts"].append("result")
-        for name in sorted(n for n in names if n.startswith("explain/faithfulness-") and n.endswith("/done.json")):
-            if name not in sent["parts"]:
-                self._send_faithfulness(run, trial_id, name)
-                sent["parts"].append(name)
+        if status == "RUNNING":
+            self.ask(self.client.update_run, run, status)
+        else:
+            self.ask(self.client.set_terminated, run, status, when or None)
+        sent["status"] = status
 
-    def _set_status(self, run: str, names: set[str], sent: dict[str, Any]) -> None:
-        status = "FINISHED" if "result.json" in names else "FAILED" if "failed.json" in names else "RUNNING"
-        if sent.get("status") != status:
-            self.client.set_terminated(run, status) if status != "RUNNING" else self.client.update_run(run, status)
-            sent["status"] = status
+    def _send_numbers(self, run: str, numbers: list[Number]) -> None:
+        if numbers:
+            self.ask(self.client.log_batch, run, metrics=[Metric(n.key, n.value, n.time, n.step) for n in numbers])
 
-    def _send_result(self, run: str, trial_id: str) -> None:
-        directory = self.study.trial(trial_id)
-        result, events = directory.read_json("result.json"), directory.read_events("events")
-        self.client.set_tag(run, "raystudy.status", result["status"])
+    def _send_final(self, run: str, values: dict[str, float], when: int) -> None:
+        """Send values that a run has once, unless they are there."""
+        known = self.ask(self.client.get_run, run).data.metrics
+        self._send_numbers(run, [Number(k, v, when) for k, v in values.items() if known.get(k) != v])
+
+    def _send_result(self, run: str, directory: Storage) -> None:
+        result = directory.read_json("result.json")
+        self.ask(self.client.set_tag, run, "raystudy.status", result["status"])
         if result["status"] != "finished":
+            self.ask(self.client.set_terminated, run, "FAILED")
             return
-        time = int(1000 * float(events[-1]["time"])) if events else 0
-        values = {f"accuracy_{TEST_METRICS.get(k, k)}": v["accuracy"] for k, v in result["tests"].items()}
-        values["selected_val_accuracy"] = result["selected"]["val_accuracy"]
-        self.client.log_batch(run, metrics=[Metric(k, float(v), time, 0) for k, v in sorted(values.items())])
+        self._send_final(run, result_numbers(result), _written(directory, "result.json"))
         for name in ("model.safetensors", "spec.json"):
-            self._artifact(run, name, directory.read_bytes(name))
+            self._send_artifact(run, name, directory.read_bytes(name))
 
-    def _send_faithfulness(self, run: str, trial_id: str, name: str) -> None:
-        from raystudy.evaluate.faithfulness import summarise
+    def _send_faithfulness(self, run: str, directory: Storage, folder: str) -> None:
+        spec = directory.read_json("spec.json")
+        pairs = directory.read_table(f"{folder}/pairs.parquet").to_pandas()
+        numbers = faithfulness_numbers(pairs, int(spec["study_seed"]))
+        self._send_final(run, numbers, _written(directory, f"{folder}/done.json"))
 
-        directory = self.study.trial(trial_id)
-        spec, done = directory.read_json("spec.json"), directory.read_json(name)
-        pairs = directory.read_table(name.replace("done.json", "pairs.parquet")).to_pandas()
-        metrics = []
-        events = directory.read_events("events")
-        time = int(1000 * float(done.get("time") or (events[-1]["time"] if events else 0)))
-        for value in summarise([pairs], int(spec["study_seed"])).values():
-            metrics.append(Metric(f"average_drop_{value.method}", value.average_drop.estimate, time, 0))
-            metrics.append(Metric(f"average_increase_{value.method}", value.average_increase.estimate, time, 0))
-        self.client.log_batch(run, metrics=metrics)
-
-    def _sync_report(self) -> None:
-        """Send tables and figures of the report to the study's run; pages and pictures with films only when allowed."""
-        sent = self.sent.setdefault("", {"report": {}})
-        for path in self.study.storage.list("report"):
-            private = path.endswith(".html") or any(p in path for p in PRIVATE_FIGURES)
-            if private and not self.settings.images:
+    def _sync_study(self, status: str) -> None:
+        """Send the resolved experiment, tables and figures; pages and pictures with films only when that is allowed."""
+        run = self.run("")
+        sent = self.sent.get("", {})
+        if sent.get("run") != run:
+            sent = self.sent[""] = {"run": run, "files": {}}
+        for path in ["experiment.yaml", *self.study.storage.list("report")]:
+            if path.startswith(PRIVATE) and not self.settings.images:
                 continue
             data = self.study.storage.read_bytes(path)
             checksum = hashlib.sha256(data).hexdigest()
-            if sent["report"].get(path) != checksum:
-                self._artifact(self.run(""), path, data)
-                sent["report"][path] = checksum
-        status = self.study.status()
-        if status.trials and status.counts["finished"] + status.counts["diverged"] == len(status.trials):
-            self.client.set_terminated(self.run(""), "FINISHED")
+            if sent["files"].get(path) != checksum:
+                self._send_artifact(run, path, data)
+                sent["files"][path] = checksum
+        self._set_status(run, status, 0, sent)
 
-    def _artifact(self, run: str, path: str, data: bytes) -> None:
+    def _send_artifact(self, run: str, path: str, data: bytes) -> None:
         folder, _, name = path.rpartition("/")
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / name
             file.write_bytes(data)
-            self.client.log_artifact(run, str(file), folder or None)
+            self.ask(self.client.log_artifact, run, str(file), folder or None)
 
 
-def _params(spec: dict[str, Any], prefix: str = "") -> list[Param]:
-    """Return a spec as flat parameters: ``training.epochs``, ``task``, ``h1_share``, …"""
-    out: list[Param] = []
-    for key, value in sorted(spec.items()):
-        if isinstance(value, dict):
-            out += _params(value, f"{prefix}{key}.")
-        else:
-            out.append(Param(f"{prefix}{key}", str(value)))
-    return out
+def _run_status(names: set[str], last_event: str) -> str:
+    if "result.json" in names:
+        return "FAILED" if last_event == "diverged" else "FINISHED"
+    if "failed.json" in names:
+        return "FAILED"
+    return "KILLED" if last_event == "interrupted" else "RUNNING"
 
 
-def _event_metrics(event: dict[str, Any]) -> list[Metric]:
-    """Return an event's numbers as metrics at the event's own time; the step counts completed epochs."""
-    time, step = int(1000 * float(event["time"])), int(event.get("epoch") or 0)
-    stage = "last_layer_" if event.get("stage") == "last_layer" and event["event"] != "progress" else ""
-    found = []
-    for key in EVENT_METRICS:
-        value = event.get(key)
-        if isinstance(value, int | float) and math.isfinite(value):
-            found.append(Metric(f"{stage}{key}", float(value), time, step))
-    return found
+def _written(directory: Storage, path: str) -> int:
+    """Return when a file was written, in ms."""
+    file_system, base = directory.filesystem()
+    return int(file_system.get_file_info(f"{base}/{path}").mtime_ns // 1_000_000)
 
 
-__all__ = ["Mirror", "check_server", "sync_study"]
+def _artifact_folder(uri: str, experiment: str) -> str | None:
+    """Return where artifacts lie beside a SQLite file; a server knows a place of its own."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///").split("?")[0]).resolve().parent / "mlruns" / experiment).as_uri()
+
+
+__all__ = ["UNAVAILABLE", "GivenUpError", "Line", "Store", "check_server", "first_line", "sync_study"]
