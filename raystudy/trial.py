@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from raystudy import trial_files
+from raystudy.augmentation import AugmentedFilms
 from raystudy.checkpoint import CheckpointClock, Checkpoints
 from raystudy.films import Films, check_films
 from raystudy.images.array import ImageArray
@@ -132,17 +134,20 @@ class _Trial:
         self.storage, self.checkpoints, self.should_stop = storage, checkpoints, should_stop
         self.train_films = Films(cohort[cohort["role"] == "train"], images, device)
         self.val_films = Films(cohort[cohort["role"] == "val"], images, device)
+        self.shown_films = self.train_films
+        if self.settings.augmentation == "published":
+            self.shown_films = AugmentedFilms(self.train_films, lambda copy: self.stream("augmentation", copy))
         self.test_films = Films(tests.drop_duplicates("image_id"), images, device)
         self.tests = tests
 
         seed = stream_seed(spec.study_seed, "initialisation", spec.task, spec.h1_share, spec.seed)
-        self.model: ProtoPNet = ProtoPNet.from_settings(spec.model, seed).to(device)
+        self.model = ProtoPNet.from_settings(spec.model, seed).to(device)
         self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (the stubs lack it)
         self.optimizers = build_optimizers(self.model, self.settings)
         self.at = Position()
         self.loss_sums = torch.zeros(len(LossTerms._fields), dtype=torch.float64, device=device)  # of this epoch
         self.best: dict[str, Tensor] = {}  # the selected network
-        self.scores: dict[str, Tensor] = {}  # similarities of train and val, kept while the last layer is trained
+        self.scores: dict[str, Tensor] = {}  # similarities of shown and val films, kept while the last layer is trained
         self.told = -math.inf  # when the last event was
         self.images_per_second: float | None = None
         n_bytes = 4 * sum(t.nbytes for t in self.model.state_dict().values())  # network, two moments, best network
@@ -161,14 +166,14 @@ class _Trial:
                     at.phase = "last_layer"
                 while at.phase == "last_layer" and at.last_layer_epoch < settings.last_layer_epochs:
                     self.train_last_layer_epoch()
-                at.epoch, at.phase, at.last_layer_epoch = at.epoch + 1, "train", 0
+                at.epoch, at.phase, at.last_layer_epoch, self.scores = at.epoch + 1, "train", 0, {}
         except _DivergedError as error:
             return self.finish_diverged(str(error))
         return self.finish()
 
     def train_epoch(self, stage: Literal["warm", "joint"]) -> None:
         """Train one epoch of the warm or joint stage, then validate."""
-        films, optimizer, bf16 = self.train_films, self.optimizers[stage], self.settings.precision == "bf16"
+        films, optimizer, bf16 = self.shown_films, self.optimizers[stage], self.settings.precision == "bf16"
         set_stage(self.model, stage, self.settings)
         set_learning_rates(optimizer, self.at.epoch, self.settings)
         for index in self.steps(stage, self.at.epoch):
@@ -188,15 +193,19 @@ class _Trial:
         train, val = self.features(self.train_films), self.features(self.val_films)  # N, D, h, w
         record = project_features(self.model, train, self.train_films.labels, self.train_films.ids)
         self.at.record = dataclasses.asdict(record)
-        self.scores = {"train": self.compare(train), "val": self.compare(val)}  # N, P
+        self.scores = {"val": self.compare(val)}  # N, P
+        if self.shown_films is self.train_films:
+            self.scores["shown"] = self.compare(train)
         self.validate("projection", self.scores["val"])
 
     def train_last_layer_epoch(self) -> None:
         """Train only the last layer for one epoch, then validate: this state may be selected as well."""
-        films, frozen, at = self.train_films, self.settings.last_layer_bn == "frozen", self.at
+        films, frozen, at = self.shown_films, self.settings.last_layer_bn == "frozen", self.at
+        if frozen and "shown" not in self.scores:
+            self.scores["shown"] = self.similarities(films)
         set_stage(self.model, "last_layer", self.settings)
         for index in self.steps("last_layer", at.epoch, at.last_layer_epoch):
-            scores = self.scores["train"][index] if frozen else self.model(films.batch(index)).similarities  # n, P
+            scores = self.scores["shown"][index] if frozen else self.model(films.batch(index)).similarities  # n, P
             logits = self.model.last_layer(scores)
             losses = last_layer_loss(logits, films.labels[index], self.model, self.settings)
             self.update(self.optimizers["last_layer"], losses, len(index))
@@ -248,9 +257,7 @@ class _Trial:
 
     def steps(self, stage: str, *epoch: int) -> Iterator[Tensor]:
         """Yield the epoch's remaining batches as (n,) positions; between two of them the trial may be stopped."""
-        spec = self.spec
-        draw = stream(spec.study_seed, "order", spec.task, spec.h1_share, spec.seed, stage, *epoch)
-        order = torch.from_numpy(draw.permutation(len(self.train_films))).to(self.device)
+        order = torch.from_numpy(self.stream("order", stage, *epoch).permutation(len(self.shown_films))).to(self.device)
         batches = order.split(self.settings.batch_size)[self.at.step :]
         began = time.monotonic()
         for n, index in enumerate(batches, start=1):
@@ -259,6 +266,11 @@ class _Trial:
             if stage != "last_layer":
                 self.images_per_second = n * self.settings.batch_size / (time.monotonic() - began)
             self.poll()
+
+    def stream(self, purpose: str, *key: str | int) -> np.random.Generator:
+        """Return a generator that the arms of an ablation share (DESIGN.md rule 4)."""
+        spec = self.spec
+        return stream(spec.study_seed, purpose, spec.task, spec.h1_share, spec.seed, *key)
 
     def update(self, optimizer: torch.optim.Optimizer, losses: LossTerms, n: int) -> None:
         """Take one step down the total loss and add the terms to the epoch's sums, without waiting for the device."""
@@ -270,31 +282,33 @@ class _Trial:
 
     def mean_losses(self) -> dict[str, float]:
         """Return the epoch's mean loss terms; here, once an epoch, a diverged loss is seen."""
-        means = (self.loss_sums / len(self.train_films)).tolist()
+        means = (self.loss_sums / len(self.shown_films)).tolist()
         if not all(map(math.isfinite, means)):
             raise _DivergedError(f"the loss is not finite in epoch {self.at.epoch + 1}")
         *terms, correct = means
         return {**dict(zip(("loss", *LossTerms._fields[1:-1]), terms, strict=True)), "train_accuracy": 100 * correct}
 
-    @torch.no_grad()
     def features(self, films: Films) -> Tensor:
         """Return the add-on features of all films, (N, D, h, w), in eval mode."""
-        self.model.eval()
-        chunks: list[Tensor] = []
-        for batch in films.batches(self.settings.evaluation_batch_size):
-            chunks.append(self.model.features(batch))
-            self.poll()
-        return torch.cat(chunks)
+        return torch.cat(list(self.chunks(films, self.model.features)))
+
+    def similarities(self, films: Films | AugmentedFilms) -> Tensor:
+        """Return the similarities of all films to all prototypes, (N, P), in eval mode."""
+        return torch.cat(list(self.chunks(films, lambda batch: self.model(batch).similarities)))
 
     @torch.no_grad()
     def compare(self, features: Tensor) -> Tensor:
-        """Return the similarities of films to prototypes, (N, P), from their features."""
-        return torch.cat(
-            [self.model.compare(z).similarities for z in features.split(self.settings.evaluation_batch_size)]
-        )
+        """Return the same similarities, (N, P), from features (N, D, h, w)."""
+        chunks = features.split(self.settings.evaluation_batch_size)
+        return torch.cat([self.model.compare(z).similarities for z in chunks])
 
-    def similarities(self, films: Films) -> Tensor:
-        return self.compare(self.features(films))
+    def chunks(self, films: Films | AugmentedFilms, evaluate: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """Yield what the network says of all films in order, chunk by chunk; between two it may be stopped."""
+        self.model.eval()
+        for batch in films.batches(self.settings.evaluation_batch_size):
+            with torch.no_grad():
+                yield evaluate(batch)
+            self.poll()
 
     @torch.no_grad()
     def validate(self, stage: str, scores: Tensor, losses: dict[str, float] | None = None) -> None:
