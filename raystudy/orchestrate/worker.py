@@ -18,6 +18,7 @@ from raystudy.explanation import Job, explain_trial
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.orchestrate.ledger import Rows, TrialRows, read_rows, stop_wished
+from raystudy.orchestrate.truth import planted_truth
 from raystudy.storage import Storage
 from raystudy.study import Study
 from raystudy.trial import TrialInterrupted, run_trial
@@ -82,9 +83,11 @@ def explain(
     """Do one explanation job of a finished trial, or the rest of it."""
     spec, cohort, tests = read_inputs(assignment)
     device = claim_device(assignment.device)
+    truth = planted_truth(assignment.study, spec.image_size)
+    directory = assignment.directory
     try:
         explain_trial(
-            job, spec, cohort, tests, images, assignment.directory, settings, device=device, should_stop=should_stop
+            job, spec, cohort, tests, images, directory, settings, device=device, should_stop=should_stop, masks=truth
         )
     except TrialInterrupted:
         return "interrupted"
