@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Literal, Protocol
@@ -19,12 +19,13 @@ from raystudy.config import Experiment
 from raystudy.errors import StudyError
 from raystudy.explanation import JOBS, Job
 from raystudy.orchestrate.changes import describe_changes
-from raystudy.orchestrate.films import Films, prepare_films
+from raystudy.orchestrate.films import Films, plan_readable, prepare_films
 from raystudy.orchestrate.ledger import Ledger, clear_stop, write_stop
 from raystudy.orchestrate.lock import StudyLock, locked
 from raystudy.orchestrate.phantoms import write_phantom_originals
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan, plan_study
 from raystudy.orchestrate.progress import Display, Silent, display
+from raystudy.orchestrate.session import connect
 from raystudy.orchestrate.worker import Work, stop_watch, train
 from raystudy.storage import Storage, open_storage
 from raystudy.study import Study
@@ -117,8 +118,12 @@ def run(
     """Run what is missing of a study, with display, mirror and report; return the exit code."""
     storage = open_storage(experiment.storage)
     storage.check_writable()
-    with display() as shown:
-        plan = plan_study(experiment, storage)
+    with display() as shown, ExitStack() as open_ray:
+        if experiment.images.unreadable == "drop":
+            open_ray.enter_context(connect(address))
+            plan = plan_readable(experiment, storage, shown)
+        else:
+            plan = plan_study(experiment, storage)
         outcome = run_study(
             plan,
             storage,
@@ -142,14 +147,12 @@ def prepare_only(experiment: Experiment) -> None:
     """Decode the images of a study into the image store."""
     storage = open_storage(experiment.storage)
     storage.check_writable()
-    with display() as shown:
-        plan = plan_study(experiment, storage)
-        from raystudy.orchestrate.session import connect
-
-        with connect(dashboard=False):
-            write_phantom_originals(experiment, plan.image_table, storage, shown)
-            for prepared in prepare_films(plan.trials, plan.image_table, storage, shown).prepared.values():
-                shown.say(f"{prepared.n_new} images decoded, {prepared.n_reused} were there: {prepared.key}")
+    with display() as shown, connect(dashboard=False):
+        drop = experiment.images.unreadable == "drop"
+        plan = plan_readable(experiment, storage, shown) if drop else plan_study(experiment, storage)
+        write_phantom_originals(experiment, plan.image_table, storage, shown)
+        for prepared in prepare_films(plan.trials, plan.image_table, storage, shown).prepared.values():
+            shown.say(f"{prepared.n_new} images decoded, {prepared.n_reused} were there: {prepared.key}")
 
 
 def run_study(
@@ -225,8 +228,6 @@ def _execute(
     address: str | None,
     work: Work,
 ) -> None:
-    from raystudy.orchestrate.session import connect
-
     with connect(address) as session:
         if session.dashboard and executor == "ray":
             shown.say(f"Ray dashboard: {session.dashboard}")
@@ -288,7 +289,7 @@ def _reportable(study: Study, todo: Todo, outcome: Outcome) -> bool:
 def _mirror(experiment: Experiment, storage: Storage) -> Mirror | None:
     if not experiment.tracking.enabled:
         return None
-    from raystudy.tracking import Mirror as MLflowMirror
+    from raystudy.mirror import Mirror as MLflowMirror
 
     return MLflowMirror(Study(storage.child(experiment.name)), experiment.tracking)
 

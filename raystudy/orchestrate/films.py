@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
+from raystudy.config import Experiment
 from raystudy.errors import StudyError
 from raystudy.images.array import ImageArray
 from raystudy.images.prepare import Prepared, prepare_images
 from raystudy.images.settings import ImageSettings
-from raystudy.images.store import load_pixels
-from raystudy.orchestrate.plan import PlannedTrial
+from raystudy.images.stream import open_pixels
+from raystudy.orchestrate.phantoms import write_phantom_originals
+from raystudy.orchestrate.plan import PlannedTrial, StudyPlan, plan_study
 from raystudy.orchestrate.progress import Display
 from raystudy.storage import Storage
 
@@ -54,18 +57,41 @@ def prepare_films(trials: Sequence[PlannedTrial], image_table: pd.DataFrame, sto
     """
     films = Films()
     for settings in dict.fromkeys(t.images for t in trials):
-        prepared = prepare_images(
-            image_table,
-            settings,
-            storage,
-            lambda done, n, speed: shown.count("images", done, n, f"{speed:.0f} a second"),
-        )
+        prepared = _prepare(image_table, settings, storage, shown)
         _check_quarantine(prepared, settings, storage)
         films.prepared[settings] = prepared
         used = [t for t in trials if t.images == settings]
         ids = sorted({i for t in used for frame in (t.cohort, t.tests) for i in frame["image_id"]})
-        films.arrays[prepared.key] = load_pixels(storage, prepared.key, ids)
+        films.arrays[prepared.key] = open_pixels(storage, prepared.key, ids, settings.node_memory_share)
     return films
+
+
+def plan_readable(experiment: Experiment, storage: Storage, shown: Display) -> StudyPlan:
+    """Plan a study of the films that can be read; what is drawn in the place of others is looked at, too.
+
+    Raises
+    ------
+    StudyError : too few readable films (have/need).
+    """
+    unusable: set[str] = set()
+    while True:
+        plan = plan_study(experiment, storage, unusable)
+        write_phantom_originals(experiment, plan.image_table, storage, shown)
+        found: set[str] = set()
+        for settings in dict.fromkeys(t.images for t in plan.trials):
+            found |= set(_prepare(plan.image_table, settings, storage, shown).quarantine["image_id"])
+        if not found:
+            return plan
+        shown.say(f"{len(found)} images cannot be read and are left out")
+        unusable |= found
+
+
+def _prepare(table: pd.DataFrame, settings: ImageSettings, storage: Storage, shown: Display) -> Prepared:
+    return prepare_images(table, settings, storage, partial(_show, shown))
+
+
+def _show(shown: Display, done: int, total: int, images_per_second: float) -> None:
+    shown.count("images", done, total, f"{images_per_second:.0f} a second")
 
 
 def _check_quarantine(prepared: Prepared, settings: ImageSettings, storage: Storage) -> None:

@@ -1,7 +1,8 @@
 """What Prometheus sees of a study, through Ray: ``ray_raystudy_…``.
 
 The driver alone exports them, from the study directory's events, so that no series ends with the worker that wrote it.
-Every gauge and counter exists from the start with the value 0.
+Everything exists from the start with the value 0; Ray's own counter cannot say 0, so the counts (``…_total``) are
+gauges that only grow.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 from typing import Any
 
-from ray.util.metrics import Counter, Gauge
+from ray.util.metrics import Gauge
 
 from raystudy.study import STATES
 
@@ -35,10 +36,12 @@ class StudyMetrics:
             "raystudy_last_event_seconds", "Seconds since a running trial last said anything.", _PER_TRIAL
         )
         self._queue = Gauge("raystudy_explanation_queue", "Explanation jobs that wait or run.", ("study",))
-        self._explained = Counter("raystudy_explanations", "Explanation jobs that ended.", ("study", "state"))
-        self._checkpoint_seconds = Counter("raystudy_checkpoint_seconds", "Seconds spent on checkpoints.", ("study",))
-        self._checkpoints = Counter("raystudy_checkpoints", "Checkpoints written.", ("study",))
-        self._retries = Counter("raystudy_retries", "Trials and explanations that were tried again.", ("study",))
+        self._explained = Gauge("raystudy_explanations_total", "Explanation jobs that ended.", ("study", "state"))
+        self._checkpoint_seconds = Gauge(
+            "raystudy_checkpoint_seconds_total", "Seconds spent on checkpoints.", ("study",)
+        )
+        self._checkpoints = Gauge("raystudy_checkpoints_total", "Checkpoints written.", ("study",))
+        self._retries = Gauge("raystudy_retries_total", "Trials and explanations that were tried again.", ("study",))
         self._quarantined = Gauge("raystudy_quarantined_images", "Images that cannot be read.", ("study",))
         self._images = Gauge("raystudy_images", "Images of the study.", ("study",))
         self._live: dict[str, dict[str, str]] = {}
@@ -46,10 +49,16 @@ class StudyMetrics:
             self._trials.set(0, {**self._study, "state": state})
         for gauge in (self._queue, self._quarantined, self._images):
             gauge.set(0, self._study)
+        self._sums: dict[tuple[str, str], float] = {}
         for counter in (self._checkpoint_seconds, self._checkpoints, self._retries):
-            counter.inc(0, self._study)
+            self._add(counter, 0)
         for state in ("finished", "failed"):
-            self._explained.inc(0, {**self._study, "state": state})
+            self._add(self._explained, 0, state=state)
+
+    def _add(self, counter: Gauge, value: float, **tags: str) -> None:
+        key = counter.info["name"], str(tags)
+        self._sums[key] = self._sums.get(key, 0.0) + value
+        counter.set(self._sums[key], {**self._study, **tags})
 
     def states(self, states: Tally[str]) -> None:
         for state in STATES:
@@ -63,10 +72,10 @@ class StudyMetrics:
         self._queue.set(n, self._study)
 
     def explained(self, state: str) -> None:
-        self._explained.inc(1, {**self._study, "state": state})
+        self._add(self._explained, 1, state=state)
 
     def retry(self) -> None:
-        self._retries.inc(1, self._study)
+        self._add(self._retries, 1)
 
     def event(self, trial_id: str, task: str, h1_share: int, event: dict[str, Any]) -> None:
         """Take one event of a trial over."""
@@ -82,8 +91,8 @@ class StudyMetrics:
             if event.get(key) is not None:
                 gauge.set(float(event[key]), tags)
         if event.get("event") == "checkpoint":
-            self._checkpoints.inc(1, self._study)
-            self._checkpoint_seconds.inc(max(0.0, float(event.get("seconds", 0))), self._study)
+            self._add(self._checkpoints, 1)
+            self._add(self._checkpoint_seconds, max(0.0, float(event.get("seconds", 0))))
 
     def silence(self, trial_id: str, seconds: float) -> None:
         """Say how long ago a running trial wrote its last event."""

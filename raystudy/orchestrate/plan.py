@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,23 +87,24 @@ class StudyPlan:
         }
 
 
-def plan_study(experiment: Experiment, storage: Storage) -> StudyPlan:
+def plan_study(experiment: Experiment, storage: Storage, unusable: Collection[str] = ()) -> StudyPlan:
     """Plan every trial of an experiment.
 
     Parameters
     ----------
     storage : the root below which studies live (the phantoms' originals and the image store are there too).
+    unusable : image ids that turned out unreadable and are left out.
 
     Raises
     ------
     StudyError : a source, policy or cell (have/need) that makes the study impossible; a missing weights file.
     """
-    arms = tuple(_arms(experiment, storage))
+    arms = tuple(_arms(experiment, storage, unusable))
     trials = tuple(trial for arm in arms for trial in _trials(arm))
     return StudyPlan(experiment, arms, trials)
 
 
-def _arms(experiment: Experiment, storage: Storage) -> list[Arm]:
+def _arms(experiment: Experiment, storage: Storage, unusable: Collection[str]) -> list[Arm]:
     arms: list[Arm] = []
     built: dict[str, Cohorts] = {}
     keys = list(experiment.axes)
@@ -119,6 +121,7 @@ def _arms(experiment: Experiment, storage: Storage) -> list[Arm]:
                 cohort_seeds=variant.cohort_seeds,
                 study_seed=variant.study_seed,
                 storage=storage,
+                unusable=unusable,
             )
         arms.append(Arm(axes, variant, built[cohort_key]))
     return arms
