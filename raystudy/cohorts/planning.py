@@ -157,8 +157,8 @@ def attainable(percent: float | str, n: int) -> Attainable:
     if not 1 <= n <= 10_000_000:
         raise ValueError(f"n must lie in 1..10000000, got {n}")
     exponent = min(int(value.as_tuple().exponent), 0)
-    if exponent < -6:
-        raise ValueError(f"at most 6 decimals, got {text}")
+    if exponent < -3:  # the search below would take too long
+        raise ValueError(f"at most 3 decimals, got {text}")
     half = Decimal(5).scaleb(exponent - 1)  # half a unit of the last decimal: what rounds to the printed value
     exact = value * n / 100
     below = int(exact.to_integral_value(ROUND_FLOOR))

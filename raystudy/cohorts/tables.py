@@ -30,6 +30,7 @@ from raystudy.storage import Storage, open_storage
 
 SHOWN_ROWS = 5
 LARGEST_TABLE = 2 << 30  # bytes after unpacking
+HEADER_BYTES = 1 << 18  # within which the header and the first row end
 VIEWS = {
     "": "", "AP": "AP", "PA": "PA", "LATERAL": "LATERAL", "LAT": "LATERAL", "LL": "LATERAL", "RL": "LATERAL",
     "L": "LATERAL",
@@ -101,13 +102,11 @@ def _csv(data: bytes, wanted: list[str], where: str, delimiter: str) -> pd.DataF
         raise StudyError(
             "this is not a text table (it holds NUL bytes)", where=where, remedy="CSV in UTF-8, or Parquet"
         )
-    header, newline, rest = data.partition(b"\n")
-    header = header.rstrip(b"\r")
-    first = rest.split(b"\n", 1)[0].rstrip(b"\r")
-    if header.endswith(b",") and first and not first.endswith(b","):
-        header = header.rstrip(b",")  # the NIH header of 2017 ends in one comma more than its rows
-    data = header + newline + rest
-    _check_header(header, delimiter, wanted, where)
+    names, cells = _first_records(data, delimiter, where)
+    _check_columns(names, wanted, where)
+    if len(names) == cells + 1 and not names[-1]:  # the NIH header of 2017 ends in one comma more than its rows
+        header, newline, rest = data.partition(b"\n")
+        data = header.rstrip(b"\r").removesuffix(b",") + newline + rest
     odd: list[pyarrow.csv.InvalidRow] = []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
@@ -142,16 +141,15 @@ def _csv(data: bytes, wanted: list[str], where: str, delimiter: str) -> pd.DataF
     return _stripped(table.to_pandas())
 
 
-def _check_header(header: bytes, delimiter: str, wanted: list[str], where: str) -> None:
+def _first_records(data: bytes, delimiter: str, where: str) -> tuple[list[str], int]:
+    """Return the header's names and the number of cells of the first row (of the header where there is none)."""
+    text = io.TextIOWrapper(io.BytesIO(data[:HEADER_BYTES]), encoding="utf-8", newline="")
     try:
-        names = next(iter(_header_names(header, delimiter)), [])
-    except (csv.Error, UnicodeDecodeError):
+        reader = csv.reader(text, delimiter=delimiter)
+        names = next(reader)
+        return names, len(next(reader, names))
+    except (csv.Error, UnicodeDecodeError, StopIteration):
         raise StudyError("the header line is not UTF-8 text", where=where, remedy="CSV in UTF-8, or Parquet") from None
-    _check_columns(names, wanted, where)
-
-
-def _header_names(header: bytes, delimiter: str) -> Iterable[list[str]]:
-    return csv.reader([header.decode("utf-8")], delimiter=delimiter)
 
 
 def _check_columns(names: list[str], wanted: list[str], where: str) -> None:

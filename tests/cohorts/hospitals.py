@@ -105,7 +105,7 @@ def films_of(name: str, patients: int = 30) -> pd.DataFrame:
 COLUMNS = {"image": "file", "patient": "patient", "view": "view", "findings": "findings", "split": "split"}
 
 
-def manifest(root: Path, table: str, **changes: Any) -> Source:
+def manifest(root: Path | str, table: str, **changes: Any) -> Source:
     """Return the settings of a manifest written from ``films_of``."""
     return source(**{"kind": "manifest", "root": str(root), "table": table, "columns": COLUMNS, **changes})
 

@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.cohorts.hospitals import draw, hospital
 
 from raystudy.cohorts.build import Cohorts
 from raystudy.cohorts.mixtures import TEST_SETS, cell_sizes
+from raystudy.cohorts.settings import TaskSettings
 from raystudy.cohorts.tables import SourceTable
 from raystudy.errors import StudyError
+from tests.cohorts.hospitals import build, draw, hospital, source
 
 SEEDS = st.integers(0, 2**31 - 1)
 MIXTURES = st.lists(st.integers(0, 100), min_size=1, max_size=4, unique=True).map(tuple)
@@ -41,11 +42,12 @@ def drawn(seed: int, mixtures: tuple[int, ...], given_split: bool, policies: dic
     try:
         return draw(two(seed, split=given_split), mixtures=mixtures, study_seed=seed, **policies)
     except StudyError as error:
-        assert "too few" in str(error) or "without any" in str(error)
-        return None
+        if "too few" in str(error) or "without any" in str(error):
+            return None
+        raise
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SEEDS, MIXTURES, st.booleans(), POLICIES)
 def test_no_patient_stands_in_two_splits_and_no_film_twice(
     seed: int, mixtures: tuple[int, ...], given_split: bool, policies: dict[str, object]
@@ -62,16 +64,16 @@ def test_no_patient_stands_in_two_splits_and_no_film_twice(
         assert not tests.duplicated(["image_id", "test_set"]).any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SEEDS, st.integers(0, 100), st.booleans(), POLICIES)
 def test_classes_balance_and_shares_mirror_at_any_mixture(
     seed: int, x: int, given_split: bool, policies: dict[str, object]
 ) -> None:
     cohorts = drawn(seed, (x,), given_split, policies)
     for task in ("pneumonia", "abnormality") if cohorts else ():
-        frames = {s: f for s, f in cohorts.cohort(task, x, 0).groupby("role")}
+        frames = dict(iter(cohorts.cohort(task, x, 0).groupby("role")))
         wanted = {"train": x, "val": x}
-        frames |= {name: f for name, f in cohorts.tests(task, 0).groupby("test_set")}
+        frames |= dict(iter(cohorts.tests(task, 0).groupby("test_set")))
         wanted |= TEST_SETS
         assert set(frames) == set(wanted)
         for name, frame in frames.items():
@@ -132,7 +134,7 @@ def test_a_cell_with_too_few_films_is_refused_with_have_and_need(seed: int, spli
     if cohorts is None:
         return
     smallest = min(c.have for c in cohorts.cells if c.task == "pneumonia" and c.split == split)
-    pneumonia = {"pneumonia": draw_task()}
+    pneumonia = {"pneumonia": TaskSettings()}
     with pytest.raises(StudyError) as refusal:
         draw(two(seed, split=True), pneumonia, (0, 100), study_seed=seed, **{split: smallest + excess})
     assert f"have {smallest}, need {smallest + excess}" in str(refusal.value)
@@ -141,12 +143,6 @@ def test_a_cell_with_too_few_films_is_refused_with_have_and_need(seed: int, spli
         two(seed, split=True), pneumonia, (0, 100), study_seed=seed, shrink=True, **{split: smallest + excess}
     )
     assert shrunk.size("pneumonia", split, 0) == smallest
-
-
-def draw_task() -> object:
-    from raystudy.cohorts.settings import TaskSettings
-
-    return TaskSettings()
 
 
 def test_only_as_many_films_are_needed_as_the_mixtures_take() -> None:
@@ -170,10 +166,10 @@ def test_unreadable_films_are_left_out_and_the_rest_keeps_its_order() -> None:
 
 def test_matched_views_have_the_same_share_in_every_cell() -> None:
     cohorts = draw(two(11, patients=300, split=True), mixtures=(50,), match_view=True)
-    for frame in (cohorts.cohort("pneumonia", 50, 0).query("role == 'train'"), cohorts.tests("pneumonia", 0)):
-        frame = frame[frame["test_set"] == "Test-100H1"] if "test_set" in frame else frame
-        counts = frame.groupby(["source", "label", "view"]).size().unstack()
-        assert ((counts.max() - counts.min()) <= 1).all()
+    train = cohorts.cohort("pneumonia", 50, 0).query("role == 'train'")
+    for films in (train, cohorts.tests("pneumonia", 0).query("test_set == 'Test-100H1'")):
+        counts = films.groupby("view")[["source", "label"]].value_counts()
+        assert all(cells.max() - cells.min() <= 1 for _, cells in counts.groupby("view"))
 
 
 def test_no_patient_gives_more_films_than_allowed() -> None:
@@ -196,8 +192,6 @@ def test_canonical_table_holds_every_film_in_use_once_with_its_findings() -> Non
     assert all("pneumonia" in findings[i] for i in positives["image_id"])
 
 
-def test_a_film_of_both_hospitals_is_refused() -> None:
-    from tests.cohorts.hospitals import build, source
-
+def test_a_study_with_one_hospital_is_refused() -> None:
     with pytest.raises(StudyError, match="exactly two"):
         build({"H1": source(kind="phantom")})

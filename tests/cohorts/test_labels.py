@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.cohorts.hospitals import hospital
 
 from raystudy.cohorts.labels import label_rows
 from raystudy.cohorts.settings import CohortSettings, TaskSettings
 from raystudy.cohorts.vocabulary import NO_FINDING, PATHOLOGIES, SUPPORT_DEVICES, bits, names
+from tests.cohorts.hospitals import hospital
 
 POLICIES = [
     "other_pathology", "any_nonpneumonia", "other_or_no_finding", "explicit_zero", "explicit_zero_other_pathology",

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from raystudy.cohorts.manifest import read_manifest
+from raystudy.cohorts.tables import SourceTable
+from raystudy.cohorts.vocabulary import names
+from raystudy.errors import StudyError
+from tests.cohorts.hospitals import COLUMNS, TASKS, build, films_of, manifest, shared, source
+
+
+def read(root: Path, table: str, **changes: object) -> SourceTable:
+    return read_manifest("H1", manifest(root, table, **changes))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def clean(tmp_path: Path) -> SourceTable:
+    films_of("a").to_csv(tmp_path / "clean.csv", index=False)
+    return read(tmp_path, "clean.csv")
+
+
+def test_csv_gzip_tsv_and_parquet_give_the_same_rows(tmp_path: Path, clean: SourceTable) -> None:
+    films = films_of("a")
+    films.to_csv(tmp_path / "films.csv.gz", index=False)
+    films.to_csv(tmp_path / "films.tsv", index=False, sep="\t")
+    films.to_parquet(tmp_path / "films.parquet")
+    lists = films.assign(findings=films["findings"].str.split("|"), pneumonia=films["pneumonia"].astype(int))
+    lists.to_parquet(tmp_path / "lists.parquet")
+    for table in ("films.csv.gz", "films.tsv", "films.parquet", "lists.parquet"):
+        pd.testing.assert_frame_equal(read(tmp_path, table).rows, clean.rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: b"\xef\xbb\xbf" + t,
+        lambda t: t.replace(b"\n", b"\r\n"),
+        lambda t: t.replace(b"as sent", b'"quoted, with\na line break"'),
+        lambda t: b"\n".join([t.split(b"\n")[0], *sorted(t.strip().split(b"\n")[1:], reverse=True)]),
+        lambda t: t.replace(b"Effusion|Edema", b" pleural effusion | EDEMA "),
+        lambda t: t.replace(b"\na/", b"\n./a/"),
+        lambda t: t + b"\n\n",
+    ],
+    ids=[
+        "byte order mark",
+        "carriage returns",
+        "line breaks in cells",
+        "order",
+        "spelling",
+        "dot paths",
+        "blank lines",
+    ],
+)
+def test_harmless_differences_change_nothing(tmp_path: Path, clean: SourceTable, change: object) -> None:
+    (tmp_path / "odd.csv").write_bytes(change((tmp_path / "clean.csv").read_bytes()))  # pyright: ignore[reportCallIssue]
+    pd.testing.assert_frame_equal(read(tmp_path, "odd.csv").rows, clean.rows)
+
+
+def test_findings_from_flags_joined_labels_and_uncertain_labels_come_together(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("file,who,a,b,labels,maybe\nx.png,1,1,-1.0,Mass,\ny.png,2,0,,,Nodule\n")
+    columns = {"image": "file", "patient": "who", "findings": "labels", "uncertain": "maybe"}
+    rows = read(tmp_path, "t.csv", columns=columns, finding_columns={"a": "pneumonia", "b": "edema"}, view="AP").rows
+    spelled = [[names(m) for m in rows[kind]] for kind in ("found", "uncertain", "negated")]
+    assert spelled == [[["mass", "pneumonia"], []], [["edema"], ["nodule"]], [[], ["pneumonia"]]]
+    assert rows["view"].tolist() == ["AP", "AP"]
+    assert rows["image_id"].tolist() == ["H1/x.png", "H1/y.png"]
+    assert rows["patient_id"].tolist() == ["H1:1", "H1:2"]
+    assert rows["uri"].tolist() == [f"{tmp_path}/x.png", f"{tmp_path}/y.png"]
+
+
+def test_unknown_spelling_can_be_mapped_or_ignored(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("file,patient,findings\nx.png,1,Lungenentzündung;Zopf\n", encoding="utf-8")
+    columns = {"image": "file", "patient": "patient", "findings": "findings"}
+    settings = {"columns": columns, "separator": ";"}
+    with pytest.raises(StudyError, match="unknown findings 'Lungenentzündung', 'Zopf'"):
+        read(tmp_path, "t.csv", **settings)
+    rows = read(tmp_path, "t.csv", **settings, findings={"Lungenentzündung": "Pneumonia", "Zopf": None}).rows
+    assert names(rows["found"].iloc[0]) == ["pneumonia"]
+
+
+def test_one_file_can_hold_both_hospitals(tmp_path: Path) -> None:
+    both = pd.concat([films_of("a").assign(site="1", ok=True), films_of("b").assign(site="2", ok=True)])
+    both.to_csv(tmp_path / "both.csv", index=False)
+    one, two = (manifest(tmp_path, "both.csv", where={"site": (s,), "ok": True}) for s in ("1", "2"))
+    cohorts = build({"H1": one, "H2": two})
+    assert set(cohorts.table["image_id"].str.slice(0, 5)) == {"H1/a/", "H2/b/"}
+    with pytest.raises(StudyError, match="belong to both sources"):
+        build({"H1": one, "H2": manifest(tmp_path, "both.csv")})
+    with pytest.raises(StudyError, match="no row passes"):
+        build({"H1": one, "H2": manifest(tmp_path, "both.csv", where={"site": "3"})})
+
+
+def test_rows_are_named_by_their_place_in_the_file_also_behind_a_filter(tmp_path: Path) -> None:
+    films = films_of("a")
+    films["site"] = ["1", "2"] * 30
+    films.loc[7, "findings"] = "Zopf"
+    films.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(StudyError, match=r"1 rows fail: unknown findings 'Zopf' \(row 8: 'Zopf'\)"):
+        read(tmp_path, "t.csv", where={"site": "2"})
+
+
+def test_columns_without_a_name_do_no_harm(tmp_path: Path, clean: SourceTable) -> None:
+    lines = (tmp_path / "clean.csv").read_text().splitlines()
+    odd = "\n".join([lines[0] + ",,", *(line + ",x,y" for line in lines[1:])])
+    (tmp_path / "odd.csv.gz").write_bytes(gzip.compress(odd.encode()))
+    pd.testing.assert_frame_equal(read(tmp_path, "odd.csv.gz").rows, clean.rows)
+
+
+def test_a_root_may_be_an_address(tmp_path: Path, clean: SourceTable) -> None:
+    rows = read_manifest("H1", manifest(f"file://{tmp_path}", "clean.csv")).rows
+    pd.testing.assert_frame_equal(rows, clean.rows)
+
+
+def packed(hospital: str, **changes: object) -> object:
+    finding_columns = {"pneumonia": "pneumonia", "no_finding": "no_finding", "abnormal": "other_pathology"}
+    columns = {"image": "image_path", "patient": "patient_id", "view": "view", "split": "split"}
+    return source(
+        kind="manifest", root=str(shared("data", "xray")), table="manifest.csv", where={"source": hospital},
+        columns=columns, finding_columns=finding_columns, **changes,
+    )  # fmt: skip
+
+
+def test_real_films_of_nih_and_guangzhou_have_the_counts_of_their_readme() -> None:
+    sources = {"H1": packed("nih"), "H2": packed("guangzhou")}
+    tasks = {"pneumonia": TASKS["pneumonia"].model_copy(update={"negatives": "no_finding"})}
+    cohorts = build(sources, tasks)  # pyright: ignore[reportArgumentType]
+    have = {(c.split, c.source, c.label): c.have for c in cohorts.cells}
+    assert have == {
+        ("train", "H1", 1): 258, ("train", "H2", 1): 276, ("train", "H1", 0): 175, ("train", "H2", 0): 288,
+        ("val", "H1", 1): 50, ("val", "H2", 1): 68, ("val", "H1", 0): 41, ("val", "H2", 0): 57,
+        ("test", "H1", 1): 51, ("test", "H2", 1): 56, ("test", "H1", 0): 44, ("test", "H2", 0): 55,
+    }  # fmt: skip
+    assert all(Path(uri).is_file() for uri in cohorts.table["uri"])
+
+
+def test_guangzhou_has_no_other_pathology_and_the_default_is_refused_with_a_way_out() -> None:
+    sources = {"H1": packed("nih"), "H2": packed("guangzhou")}
+    with pytest.raises(StudyError, match="train H2 negative: have 0, need 1") as refusal:
+        build(sources)  # pyright: ignore[reportArgumentType]
+    assert "{H2: no_finding}" in str(refusal.value)
+
+
+def test_columns_of_the_example_are_those_of_the_settings() -> None:
+    assert set(COLUMNS.values()) <= set(films_of("a").columns)
