@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 from pydantic import TypeAdapter
 
-from raystudy.cohorts.build import Cohorts, build_cohorts
+from raystudy.cohorts.build import Cohorts, build_cohorts, read_tables
 from raystudy.cohorts.settings import CohortSettings, Source, TaskSettings
 from raystudy.cohorts.tables import SourceTable
 from raystudy.cohorts.vocabulary import bits
@@ -100,6 +101,21 @@ def films_of(name: str, patients: int = 30) -> pd.DataFrame:
             for k in range(2)
         ]
     )
+
+
+def real_sources() -> dict[str, Source]:
+    """Return the settings of the real NIH and CheXpert tables."""
+    root = str(shared("data", "metadata"))
+    return {
+        "H1": source(kind="nih", root=root, table="nih_Data_Entry_2017_v2020.csv.gz"),
+        "H2": source(kind="chexpert", root=root, train="chexpert_train.csv.gz", valid="chexpert_valid.csv.gz"),
+    }
+
+
+@cache
+def real_tables() -> tuple[SourceTable, SourceTable]:
+    """Return the real tables, read once."""
+    return read_tables(real_sources(), CohortSettings(), open_storage("nowhere"))
 
 
 COLUMNS = {"image": "file", "patient": "patient", "view": "view", "findings": "findings", "split": "split"}

@@ -12,7 +12,7 @@ from raystudy.cohorts.split import nih_paper_split
 from raystudy.cohorts.tables import SourceTable
 from raystudy.cohorts.vocabulary import names
 from raystudy.errors import StudyError
-from tests.cohorts.hospitals import shared, source
+from tests.cohorts.hospitals import real_tables, shared, source
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -128,7 +128,7 @@ def test_patients_of_the_paper_split_are_those_of_the_stated_recipe() -> None:
 
 
 def test_real_table_fills_the_kaggle_folders_exactly() -> None:
-    table = read(shared("data", "metadata"), table="nih_Data_Entry_2017_v2020.csv.gz")
+    table = real_tables()[0]
     folders = table.rows["uri"].str.extract(r"/images_(\d{3})/images/")[0].value_counts().sort_index()
     assert folders.tolist() == [4999, *[10000] * 10, 7121]  # as counted in the real tree
     last = table.rows.groupby(table.rows["uri"].str.extract(r"/(images_\d{3})/")[0])["image_id"].max()
