@@ -140,7 +140,19 @@ def run(
         print("interrupted; run the same command again to go on")
     elif outcome.failures:
         print("the rest of the study is done; try again with `raystudy run EXPERIMENT --only failed`")
+    else:
+        _say_where(experiment, Study(storage.child(experiment.name)))
     return outcome.exit_code
+
+
+def _say_where(experiment: Experiment, study: Study) -> None:
+    """Tell how to open what the study left."""
+    print(f"open the report in a browser: {study.storage.address('report/index.html')}")
+    uri = experiment.tracking.uri
+    if experiment.tracking.enabled and uri.startswith("http"):
+        print(f"the runs are in MLflow: {uri}")
+    elif experiment.tracking.enabled:
+        print(f"compare the runs in MLflow: mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000")
 
 
 def prepare_only(experiment: Experiment) -> None:
@@ -297,4 +309,4 @@ def _mirror(experiment: Experiment, storage: Storage) -> Mirror | None:
 def _report(study: Study) -> str:
     from raystudy.report.page import write_report
 
-    return write_report(study).text()
+    return "\n".join(write_report(study).sentences)
