@@ -122,7 +122,10 @@ def _tiles(data: ReportData, chosen: dict[str, object], verdict: Verdict) -> lis
         if end is not None:
             label = f"source reliance at {panels.mixture_name(end.h1_share)}"
             tiles.append(
-                {"value": f"{end.source_reliance.estimate:+.2f}", "label": f"{label} ({_range(end.source_reliance)})"}
+                {
+                    "value": f"{end.source_reliance.estimate:+.2f}".replace("-", "−"),
+                    "label": f"{label} ({_range(end.source_reliance)})",
+                }
             )
     balanced = _rows(data.mixtures, {**chosen, "h1_share": 50, "test_set": "Test-50-50"})
     if not balanced.empty:
@@ -136,7 +139,7 @@ def _tiles(data: ReportData, chosen: dict[str, object], verdict: Verdict) -> lis
 
 
 def _range(value: Interval) -> str:
-    return f"{value.low:+.2f} to {value.high:+.2f}"
+    return f"{value.low:+.2f} to {value.high:+.2f}".replace("-", "−")
 
 
 def _add(section: _Section, files: dict[str, bytes], name: str, figure: Figure, caption: str) -> None:
@@ -263,7 +266,8 @@ def _add_planted_truth(section: _Section, table: pd.DataFrame) -> None:
 
 
 def _with_range(row: Any, name: str, form: str) -> str:
-    return f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"
+    text = f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"
+    return text.replace("-", "−")
 
 
 def _rows(table: pd.DataFrame, wanted: dict[str, object]) -> pd.DataFrame:
