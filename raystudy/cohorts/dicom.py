@@ -41,7 +41,8 @@ RADIOGRAPHS = ("CR", "DX", "RG", "OT", "")
 HEAD_BYTES = 1 << 16
 READERS = 16
 DEFLATED = "1.2.840.10008.1.2.1.99"
-# What pydicom and its decoders raise on bytes that are no sound DICOM film.
+RLE = "1.2.840.10008.1.2.5"
+# What pydicom and its decoders raise, beside pydicom's own errors, on bytes that are no sound DICOM film.
 _DAMAGE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RuntimeError,
     TypeError, ValueError, struct.error, zlib.error,
@@ -130,6 +131,8 @@ def _read_headers(root: Storage, files: pd.Series, where: str) -> pd.DataFrame:
 
 def _header(root: Storage, path: str) -> tuple[str, str] | str:
     """Return (patient, view), or the reason why the file cannot be used."""
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
     file_system, base = root.filesystem()
     try:
         with file_system.open_input_file(f"{base.rstrip('/')}/{path}") as file:
@@ -139,7 +142,9 @@ def _header(root: Storage, path: str) -> tuple[str, str] | str:
             fields = _fields(root.read_bytes(path))
     except FileNotFoundError:
         return "there is no such file"
-    except _DAMAGE as error:
+    except InvalidDicomError:
+        return "it does not begin like a DICOM file"
+    except (*_DAMAGE, BytesLengthException) as error:
         return " ".join(str(error).split())[:120] or type(error).__name__
     patient, view, modality = fields or ("", "", "")
     if modality not in RADIOGRAPHS:
@@ -186,6 +191,7 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
     """
     _require_pydicom()
     from pydicom import dcmread
+    from pydicom.errors import BytesLengthException, InvalidDicomError
     from pydicom.pixels.decoders.base import get_decoder
 
     limit = (pixel_cap or 1 << 28) * 6 + HEAD_BYTES
@@ -200,8 +206,10 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
                 raise StudyError(
                     f"no plug-in can read DICOM compressed as {syntax.name}", remedy="pip install 'raystudy[dicom]'"
                 )
+            if syntax == RLE:  # the compiled plug-in for it aborts on damaged segments instead of raising an error
+                film.pixel_array_options(decoding_plugin="pydicom")
             return _grey(film)
-        except _DAMAGE as error:
+        except (*_DAMAGE, InvalidDicomError, BytesLengthException) as error:
             text = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"DICOM: {text}") from error
 

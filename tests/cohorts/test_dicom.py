@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import builtins
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from raystudy.cohorts.dicom import HEADER_FIELDS, PIXEL_FIELDS, decode_dicom, read_dicom
+from raystudy.cohorts.tables import SourceTable
+from raystudy.cohorts.vocabulary import names
+from raystudy.errors import StudyError
+from tests.cohorts.hospitals import source
+
+pydicom = pytest.importorskip("pydicom", reason="the extra raystudy[dicom] is not installed")
+RAMP = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)  # every 12-bit value once
+
+
+def film(pixels: NDArray[Any] = RAMP, *, bits: int = 12, **fields: Any) -> Any:
+    """Return a radiograph as a detector would write it."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["raystudy"])
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    dataset.Modality, dataset.PatientID, dataset.PatientName, dataset.ViewPosition = "CR", "p1", "Secret^Name", "PA"
+    dataset.Rows, dataset.Columns = pixels.shape[:2]
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    if pixels.ndim == 3:
+        dataset.SamplesPerPixel, dataset.PlanarConfiguration, dataset.PhotometricInterpretation = 3, 0, "RGB"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = pixels.itemsize * 8, bits, bits - 1
+    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+    dataset.PixelData = pixels.tobytes()
+    for name, value in fields.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def written(dataset: Any) -> bytes:
+    sink = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom warns of odd values, which are the point here
+        dataset.save_as(sink, enforce_file_format=True)
+    return sink.getvalue()
+
+
+def decoded(*args: Any, **fields: Any) -> NDArray[Any]:
+    return decode_dicom(written(film(*args, **fields)))
+
+
+def test_deep_samples_without_a_window_run_from_black_to_white() -> None:
+    grey = decoded()
+    assert (grey.dtype, grey.shape, int(grey.min()), int(grey.max())) == (np.uint16, (64, 64), 0, 65535)
+    assert np.array_equal(grey, np.rint(RAMP / 4095 * 65535))
+
+
+def test_eight_bit_samples_without_a_window_are_kept() -> None:
+    pixels = (RAMP // 32 + 50).astype(np.uint8)
+    assert np.array_equal(decoded(pixels, bits=8), pixels)
+
+
+def test_monochrome1_is_inverted() -> None:
+    assert np.array_equal(decoded(PhotometricInterpretation="MONOCHROME1"), 65535 - decoded())
+
+
+def window(x: NDArray[Any], center: float, width: float, function: str) -> NDArray[Any]:
+    """The standard's pseudo-code (PS3.3 C.11.2.1.2, C.11.2.1.3) with y from 0 to 1."""
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(-4 * (x - center) / width))
+    c, w = (center - 0.5, width - 1) if function == "LINEAR" else (center, width)
+    y = (x - c) / w + 0.5
+    return np.where(x <= c - w / 2, 0, np.where(x > c + w / 2, 1, y))
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_window_is_applied_after_the_rescaling(function: str) -> None:
+    fields = {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": 1500, "WindowWidth": 3000}
+    expected = window(RAMP * 2.0 - 1000, 1500, 3000, function)
+    assert np.allclose(decoded(**fields, VOILUTFunction=function) / 65535, expected, atol=1e-5)
+
+
+def test_first_of_several_windows_is_taken_and_signed_samples_are_allowed() -> None:
+    pixels = (RAMP.astype(np.int32) - 2048).astype(np.int16)
+    grey = decoded(pixels, WindowCenter=[0, 100], WindowWidth=[1000, 50])
+    assert np.allclose(grey / 65535, window(pixels.astype(float), 0, 1000, "LINEAR"), atol=1e-5)
+
+
+def test_voi_lut_goes_before_a_window() -> None:
+    from pydicom.dataset import Dataset
+
+    table = Dataset()
+    table.LUTDescriptor = [4096, 0, 12]
+    table.LUTData = np.minimum(np.arange(4096) * 2, 4095).astype("<u2").tolist()
+    table["LUTData"].VR = "US"
+    table["LUTDescriptor"].VR = "US"
+    grey = decoded(VOILUTSequence=[table], WindowCenter=10, WindowWidth=5)
+    assert np.array_equal(grey, np.rint(np.minimum(RAMP.astype(float) * 2, 4095) / 4095 * 65535))
+
+
+def test_padding_is_black_and_does_not_stretch_the_rest() -> None:
+    pixels = RAMP.copy() // 4 + 100
+    pixels[:, :8] = 4095
+    for kind in ("MONOCHROME1", "MONOCHROME2"):
+        grey = decoded(pixels, PixelPaddingValue=4095, PhotometricInterpretation=kind)
+        assert (grey[:, :8] == 0).all()
+        assert (grey[:, 8:].min(), grey[:, 8:].max()) == (0, 65535)
+
+
+def test_colour_becomes_luma() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    luma = (pixels @ np.array([0.299, 0.587, 0.114])).round()
+    assert np.abs(decoded(pixels, bits=8).astype(int) - luma).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("syntax", "lossless"),
+    [("RLELossless", True), ("JPEG2000Lossless", True), ("DeflatedExplicitVRLittleEndian", True)],
+)
+def test_compressed_films_give_the_same_grey(syntax: str, lossless: bool) -> None:
+    import pydicom.uid
+
+    dataset = film()
+    uid = getattr(pydicom.uid, syntax)
+    if uid.is_encapsulated:
+        dataset.compress(uid, encoding_plugin="pylibjpeg")
+    else:
+        dataset.file_meta.TransferSyntaxUID = uid
+    assert np.array_equal(decode_dicom(written(dataset)), decoded()) == lossless
+
+
+SHIPPED = {  # what pydicom ships, by compression
+    "JPEG lossy 8 bit": "SC_rgb_jpeg.dcm", "JPEG lossy 12 bit": "JPGExtended.dcm", "JPEG 2000": "JPEG2000.dcm",
+    "JPEG-LS": "MR_small_jpeg_ls_lossless.dcm", "JPEG-LS near": "JPEGLSNearLossless_16.dcm", "RLE": "MR_small_RLE.dcm",
+    "JPEG 2000 lossless": "MR_small_jp2klossless.dcm", "big endian": "MR_small_bigendian.dcm", "CT": "CT_small.dcm",
+    "RLE colour": "SC_rgb_rle.dcm", "YBR": "examples_ybr_color.dcm", "palette": "examples_palette.dcm",
+    "implicit": "MR_small_implicit.dcm", "deflated": "image_dfl.dcm",
+}  # fmt: skip
+
+
+def shipped(name: str) -> bytes:
+    from pydicom.data import get_testdata_file
+
+    path = get_testdata_file(name, download=False)
+    assert isinstance(path, str)
+    return Path(path).read_bytes()
+
+
+@pytest.mark.parametrize("name", SHIPPED.values(), ids=SHIPPED)
+def test_files_that_pydicom_ships_are_decoded(name: str) -> None:
+    try:
+        grey = decode_dicom(shipped(name))
+    except ValueError as error:
+        assert "frames" in str(error)  # noqa: PT017 (some of them are films of many frames)
+        return
+    assert grey.ndim == 2
+    assert grey.dtype in (np.uint8, np.uint16)
+    assert grey.max() > grey.min()
+
+
+def test_lossless_compressions_of_one_shipped_film_agree() -> None:
+    plain = decode_dicom(shipped("MR_small.dcm"))
+    for kind in ("RLE", "jpeg_ls_lossless", "jp2klossless", "bigendian"):
+        assert np.array_equal(decode_dicom(shipped(f"MR_small_{kind}.dcm")), plain)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "DICOM"),
+        (b"not a film at all" * 20, "DICOM"),
+        (written(film())[:6000], "DICOM"),
+        (written(film(NumberOfFrames=7)), "animated: 7 frames"),
+        (written(film(PhotometricInterpretation="XYZ")), "Photometric Interpretation.*XYZ"),
+        (written(film(WindowCenter=1, WindowWidth=0)), "window"),
+        (written(film(WindowCenter=1, WindowWidth=5, VOILUTFunction="WAVY")), "WAVY"),
+        (written(film(Rows=0)), "DICOM"),
+    ],
+)
+def test_damaged_and_unsuitable_files_are_refused_with_their_reason(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_dicom(data)
+
+
+def test_truncated_and_flipped_bytes_never_give_anything_but_a_film_or_a_reason() -> None:
+    rng = np.random.default_rng(0)
+    originals = [shipped(name) for name in ("JPEG2000.dcm", "MR_small_RLE.dcm", "SC_rgb_jpeg.dcm", "CT_small.dcm")]
+    refused = 0
+    for k in range(120):
+        data = bytearray(originals[k % 4])
+        for place in rng.integers(128, len(data), 4):
+            data[place] = int(rng.integers(256))
+        cut = int(rng.integers(200, len(data))) if k % 3 == 0 else len(data)
+        try:
+            assert decode_dicom(bytes(data[:cut]), pixel_cap=4_000_000).ndim == 2
+        except ValueError as error:
+            refused += str(error).startswith("DICOM: ")
+    assert refused > 30
+
+
+def test_pixel_cap_is_checked_on_the_header_and_inside_deflated_files() -> None:
+    with pytest.raises(ValueError, match="decompression bomb"):
+        decode_dicom(written(film()), pixel_cap=4095)
+    bomb = film(np.zeros((3000, 3000), np.uint16))
+    bomb.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
+    data = written(bomb)
+    assert len(data) < 100_000
+    with pytest.raises(ValueError, match="deflated"):
+        decode_dicom(data, pixel_cap=10_000)
+
+
+def test_missing_extra_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, real = written(film()), builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".", maxsplit=1)[0] == "pydicom":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(StudyError, match=r"pip install 'raystudy\[dicom\]'"):
+        decode_dicom(data)
+
+
+def read(root: Path, **settings: Any) -> SourceTable:
+    return read_dicom("H1", source(kind="dicom", root=str(root), **settings))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for finding, patient, view in (("pneumonia", "a", "PA"), ("pneumonia", "b", "AP"), ("normal", "c", "")):
+        path = tmp_path / "films" / finding / f"{patient}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(written(film(PatientID=patient, ViewPosition=view)))
+    return tmp_path / "films"
+
+
+def test_folder_names_give_the_findings_and_headers_the_patients(folder: Path) -> None:
+    (folder / "DICOMDIR").write_bytes(b"x")
+    rows = read(folder).rows
+    assert rows["image_id"].tolist() == ["H1/normal/c.dcm", "H1/pneumonia/a.dcm", "H1/pneumonia/b.dcm"]
+    assert rows["patient_id"].tolist() == ["H1:c", "H1:a", "H1:b"]
+    assert rows["view"].tolist() == ["", "PA", "AP"]
+    assert [names(m) for m in rows["found"]] == [["no_finding"], ["pneumonia"], ["pneumonia"]]
+
+
+def test_headers_that_are_longer_than_the_first_read_are_read_whole(folder: Path) -> None:
+    long = film(PatientID="a", ViewPosition="PA", ImageComments="x" * 10_000)
+    long.add_new((0x0009, 0x0010), "LO", "vendor")
+    long.add_new((0x0009, 0x1001), "OB", b"\1" * 200_000)
+    (folder / "pneumonia" / "a.dcm").write_bytes(written(long))
+    deflated = film(PatientID="b", ViewPosition="AP")
+    deflated.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
+    (folder / "pneumonia" / "b.dcm").write_bytes(written(deflated))
+    rows = read(folder).rows
+    assert rows["patient_id"].tolist() == ["H1:c", "H1:a", "H1:b"]
+    assert rows["view"].tolist() == ["", "PA", "AP"]
+
+
+def test_table_gives_findings_and_split_and_headers_the_rest(folder: Path) -> None:
+    table = "file,labels,split\nnormal/c.dcm,No Finding,test\npneumonia/a.dcm,Edema|Mass,train\n"
+    (folder / "t.csv").write_text(table)
+    rows = read(folder, table="t.csv", columns={"findings": "labels", "split": "split"}).rows
+    assert rows["patient_id"].tolist() == ["H1:c", "H1:a"]
+    assert rows["split"].tolist() == ["test", "train"]
+    assert names(rows["found"].iloc[1]) == ["edema", "mass"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pneumonia/x.dcm", b"hello", "no DICOM radiograph.*x.dcm"),
+        ("pneumonia/x.dcm", lambda: written(film(Modality="CT")), "its modality is CT"),
+        ("pneumonia/x.dcm", lambda: written(film(PatientID="")), "patient id is blank"),
+        ("pneumonia/x.dcm", lambda: written(film(PatientID="Anonymous")), "placeholder"),
+        ("pneumonia/x.dcm", lambda: written(film(ViewPosition="OBLIQUE")), "the view is not"),
+        ("zopf/x.dcm", lambda: written(film()), "unknown findings 'zopf'"),
+        ("x.dcm", lambda: written(film()), "lies in no folder"),
+    ],
+)
+def test_files_that_break_a_rule_are_named(folder: Path, name: str, content: Any, message: str) -> None:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content())
+    with pytest.raises(StudyError, match=message):
+        read(folder)
+
+
+@pytest.mark.parametrize("path", ["missing.dcm", "../films/pneumonia/a.dcm", "/etc/passwd"])
+def test_files_of_a_table_must_be_there_and_below_the_root(folder: Path, path: str) -> None:
+    (folder / "t.csv").write_text(f"file,labels\n{path},No Finding\n")
+    with pytest.raises(StudyError, match=r"there is no such file|stay below its root"):
+        read(folder, table="t.csv", columns={"findings": "labels"})
+
+
+def test_no_identifying_field_is_on_the_allow_list() -> None:
+    identifying = {"PatientName", "PatientBirthDate", "StudyDate", "InstitutionName", "AccessionNumber"}
+    assert not identifying & {*HEADER_FIELDS, *PIXEL_FIELDS}
