@@ -46,7 +46,7 @@ def test_l1_counts_only_entries_of_other_classes() -> None:
     model = network()
     with torch.no_grad():
         model.last_layer.weight.copy_(torch.tensor([[10.0, 20.0, -1.0, 2.0], [3.0, -4.0, 30.0, 40.0]]))
-    assert float(wrong_class_l1(model)) == 1 + 2 + 3 + 4
+    assert float(wrong_class_l1(model).detach()) == 1 + 2 + 3 + 4
 
 
 @pytest.mark.parametrize(("classes", "per_class"), [(2, 3), (3, 2), (4, 1)])
