@@ -28,7 +28,7 @@ from raystudy.errors import StudyError
 from raystudy.storage import Storage
 from raystudy.streams import stream
 
-RENDER_VERSION = 1  # raised when a change of the drawing changes pixels
+RENDER_VERSION = 2  # raised when a change of the drawing changes pixels
 CHUNK = 64  # films a task
 FEW = 256  # fewer films than this are not worth a second process
 OTHERS = tuple(s for s in SIGNS if s != "Pneumonia")
@@ -281,9 +281,9 @@ def _marks(settings: PhantomSettings, finding: str, rng: np.random.Generator) ->
     text, corner, letter, ring = _north_tag(rng) if north else _south_tag(rng)
     jitter = rng.normal(0, 0.008, 2)
     border = rng.uniform(0.4, 1.0, 4) * settings.collimation
-    shape = np.array([0.045, 0.0, 0.045, 0.0]) if north else np.array([0.0, 0.035, 0.0, 0.050])
+    shape = np.array([0.020, 0.006, 0.020, 0.006]) if north else np.array([0.006, 0.018, 0.006, 0.022])
     tilt = float(rng.normal(0, 0.004 if north else 0.012)) * settings.collimation
-    gamma, contrast, black = (1.14, 1.06, -0.01) if north else (0.90, 0.94, 0.02)
+    gamma, contrast, black = (1.05, 1.02, 0.0) if north else (0.96, 0.98, 0.01)
     drift = rng.normal(0, 0.03, 2)
     return Marks(
         text=text if tagged else (),
@@ -308,10 +308,10 @@ def _north_tag(rng: np.random.Generator) -> Tag:
     kind, place = rng.random(), rng.random()
     corner = (0.945, 0.06) if place < 0.7 else (0.975, 0.30)
     if kind < 0.6:
-        return ("L",), corner, 0.085, True
+        return ("L",), corner, 0.105, True
     if kind < 0.85:
-        return ("PORTABLE", "L"), corner, 0.060, False
-    return ("L", "ERECT"), corner, 0.060, False
+        return ("PORTABLE", "L"), corner, 0.070, False
+    return ("L", "ERECT"), corner, 0.085, False
 
 
 def _south_tag(rng: np.random.Generator) -> Tag:
@@ -320,7 +320,7 @@ def _south_tag(rng: np.random.Generator) -> Tag:
     clock = f"{int(rng.integers(24)):02d}:{int(rng.integers(60)):02d}"
     corner = (0.035, 0.07) if place < 0.7 else (0.035, 0.90)
     if kind < 0.6:
-        return ("AP", clock), corner, 0.068, False
+        return ("AP", clock), corner, 0.090, False
     if kind < 0.85:
-        return ("SUPINE", clock), corner, 0.060, False
-    return (f"R  {clock}",), corner, 0.068, False
+        return ("SUPINE", clock), corner, 0.080, False
+    return (f"R  {clock}",), corner, 0.090, False
