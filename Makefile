@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUIET_SERVICES := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 
-.PHONY: demo test bench check clean
+.PHONY: demo test test-cluster test-faults bench check
 
 $(VENV)/demo-installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,3 +31,10 @@ test: $(VENV)/test-installed check
 
 bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks
+
+test-cluster: $(VENV)/test-installed
+	tests/install_system_packages.sh
+	$(QUIET_SERVICES) $(BIN)/pytest -q -m cluster tests/cluster
+
+test-faults: $(VENV)/test-installed
+	$(QUIET_SERVICES) OMP_NUM_THREADS=1 $(BIN)/pytest -q -m faults tests/faults
