@@ -97,7 +97,7 @@ def read_catalog(storage: Storage, pixels: str) -> tuple[pd.DataFrame, int]:
     """
     root = storage.child(FOLDER, pixels)
     with ThreadPoolExecutor(READERS) as pool:
-        tables = list(pool.map(root.read_table, root.list("catalog")))
+        tables = [table for table in pool.map(lambda path: _if_there(root, path), root.list("catalog")) if table]
         known = {block for table in tables for block in table["block"].unique().to_pylist()}
         names = [path.removeprefix("blocks/").removesuffix(".parquet") for path in root.list("blocks")]
         loose = [name for name in names if name not in known]
@@ -105,6 +105,13 @@ def read_catalog(storage: Storage, pixels: str) -> tuple[pd.DataFrame, int]:
     found = pa.concat_tables([CATALOG.empty_table(), *(table.cast(CATALOG) for table in tables)]).to_pandas()
     present = found[found["block"].isin(set(names))]  # a deleted block takes its catalogue rows along
     return present.drop_duplicates("fingerprint").reset_index(drop=True), len(loose)
+
+
+def _if_there(root: Storage, path: str) -> pa.Table | None:
+    try:
+        return root.read_table(path)
+    except FileNotFoundError:  # another prepare has just replaced it; its blocks are found one by one
+        return None
 
 
 def _catalog_of(root: Storage, block: str) -> pa.Table:
