@@ -215,10 +215,10 @@ def into_a_trial(place: Path) -> list[dict[str, Any]]:
         shared = ray.put(films)
 
         @ray.remote
-        def trial(reference: list[Any]) -> float:
+        def trial(reference: Any) -> float:
             begun = time.monotonic()
-            pixels = ray.get(reference[0]).pixels
-            return time.monotonic() - begun if pixels.shape[0] == LOADED else float("inf")
+            arrived: Any = ray.get(reference[0])
+            return time.monotonic() - begun if arrived.pixels.shape[0] == LOADED else float("inf")
 
         shared_seconds = max(ray.get([trial.remote([shared]) for _ in range(2)]))
     node = place / "node"

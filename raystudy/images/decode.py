@@ -20,7 +20,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from raystudy.errors import StudyError
 from raystudy.images.headers import Header, Unreadable, check_png_rows, read_header
@@ -68,6 +68,8 @@ def decode_film(data: bytes, name: str, settings: ImageSettings) -> NDArray[np.u
 
 
 def _damage(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Pillow's text holds a memory address
+        return "damaged: no decoder accepts its header"
     text = " ".join(str(error).split())[:200]
     return f"truncated: {text}" if "truncated" in text.lower() else f"damaged: {text or type(error).__name__}"
 

@@ -1,4 +1,8 @@
-"""What a film's own bytes say before any decoder sees them: format, size, components, checksums, completeness."""
+"""What a film's own bytes say before any decoder sees them: format, size, components, checksums, completeness.
+
+A PNG is checked to its last byte.  A JPEG has no checksum: its structure, kind and end are checked, a flipped bit
+inside its scan is not seen by anybody.
+"""
 
 from __future__ import annotations
 

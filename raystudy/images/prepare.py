@@ -217,4 +217,4 @@ def _quiet() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # Ray Data warns of its own defaults
         context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -136,6 +136,25 @@ def test_five_hundred_hostile_files_each_get_their_reason() -> None:
     assert time.monotonic() - started < 60  # no file costs more than a look at its header
 
 
+def test_random_damage_ends_in_a_picture_or_a_reason_and_nothing_else() -> None:
+    rng = stream(5, "damage")
+    whole = [("a.jpg", "JPEG", {}), ("a.jpg", "JPEG", {"progressive": True}), ("a.png", "PNG", {})]
+    reasons: list[str] = []
+    for number in range(600):
+        name, kind, options = whole[number % 3]
+        data = bytearray(encoded(film(rng), kind, **options))
+        places = rng.integers(2, len(data) if number % 2 else 400, 4)  # everywhere, or in the header
+        for place in places:
+            data[int(place)] = int(rng.integers(256))
+        try:
+            assert decode_film(bytes(data), name, SETTINGS).shape == (48, 48)
+            assert name == "a.jpg"  # a PNG says by its checksums that it is damaged
+        except Unreadable as refusal:
+            reasons.append(refusal.reason)
+    assert 250 < len(reasons) < 550
+    assert not any("0x7" in reason for reason in reasons)  # no addresses: the same damage, the same reason
+
+
 def test_a_reason_survives_the_way_between_processes() -> None:
     import pickle
 
