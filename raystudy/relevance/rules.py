@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
+
+from raystudy.relevance.canonise import Pool
 
 RESIDUAL_EPS = 1e-6
 BOX_EPS = 1e-6
@@ -48,13 +51,13 @@ def stabilise(t: Tensor, eps: float) -> Tensor:
     return t + torch.where(t < 0, -eps, eps)
 
 
-def reciprocal(z: Tensor) -> Tensor:
-    """Return 1/z, and 0 where z = 0.
+def divide(share: Tensor, z: Tensor) -> Tensor:
+    """Return ``share / z``, and 0 where z = 0.
 
     The published rule divides by 1e-12 at Z = 0.  There every contribution is 0 too, so both hand on nothing, but a
     zero cannot overflow.
     """
-    return torch.where(z == 0, 0.0, 1 / torch.where(z == 0, 1.0, z))
+    return torch.div(share, z).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def zplus_weights(weight: Tensor) -> Tensor:
@@ -71,12 +74,12 @@ def gamma_weights(weight: Tensor, gamma: float) -> Tensor:
     return torch.cat([weight + gamma * weight.clamp(min=0), weight + gamma * weight.clamp(max=0)])
 
 
-def gamma_reciprocals(z: Tensor) -> Tensor:
-    """Return 1/Z for ``gamma_weights``, (N, 2 O, h, w): in each half 0 where the other half is in charge."""
+def gamma_denominators(z: Tensor) -> Tensor:
+    """Return Z for ``gamma_weights``, (N, 2 O, h, w): in each half 0 where the other half is in charge."""
     up, down = z.chunk(2, dim=1)
     # w = ((w + γ w+) + (w + γ w-)) / (2 + γ): the sum of both halves has the sign of the plain contribution.
     positive = up + down >= 0
-    return torch.cat([reciprocal(torch.where(positive, up, 0.0)), reciprocal(torch.where(positive, 0.0, down))], dim=1)
+    return torch.cat([torch.where(positive, up, 0.0), torch.where(positive, 0.0, down)], dim=1)
 
 
 def residual_share(t: Tensor, eps: float = RESIDUAL_EPS) -> Tensor:
@@ -85,7 +88,8 @@ def residual_share(t: Tensor, eps: float = RESIDUAL_EPS) -> Tensor:
     Multiplied by u or v and by ``g`` of ``relu(t)`` it is the eps rule: ``R_u = u R / (t + eps sign t + eps [t = 0])``.
     Units with t <= 0 hold no relevance because their successor's input is 0.
     """
-    return t.clamp(min=0) / stabilise(t, eps)
+    positive = t.clamp(min=0)
+    return positive / (positive + eps)
 
 
 def similarity_start(patch: Tensor, prototype: Tensor, power: int = 2, eps: float = L2_EPS) -> Tensor:
@@ -143,21 +147,23 @@ def box_combine(x: Tensor, gradients: Tensor) -> Tensor:
     return (x * gradients[:, :, :channels]).sum(2) - gradients[:, :, channels]
 
 
-def scatter_to_winners(outer: Tensor, winners: Tensor, size: tuple[int, int]) -> Tensor:
+def scatter_to_winners(outer: Tensor, winners: Tensor, size: tuple[int, int], pool: Pool) -> Tensor:
     """Max pool, winner takes all: each window's value goes to its first maximum; shared winners add.
 
     Parameters
     ----------
     outer : (N K, C, h, w).
     winners : (N, C, h, w) flat positions in ``size``, as ``max_pool2d(return_indices=True)`` gives them.
+    pool : kernel, stride and padding.
 
     Returns
     -------
     (N K, C, H, W) for ``size`` = (H, W), channels-last.
     """
-    n, pairs = winners.shape[0], outer.shape[0]
-    channels = winners.shape[1]
-    index = winners.permute(0, 2, 3, 1).reshape(n, 1, -1, channels).expand(-1, pairs // n, -1, -1)
-    values = outer.permute(0, 2, 3, 1).reshape(n, pairs // n, -1, channels)
-    out = outer.new_zeros(n, pairs // n, size[0] * size[1], channels).scatter_add_(2, index, values)
-    return out.view(pairs, *size, channels).permute(0, 3, 1, 2)
+    pairs, channels = outer.shape[:2]
+    index = winners.unsqueeze(1).expand(-1, pairs // len(winners), -1, -1, -1).reshape(outer.shape)
+    index = index.contiguous(memory_format=torch.channels_last)
+    like = outer.new_empty(pairs, channels, *size).to(memory_format=torch.channels_last)  # read for its size only
+    square = ([pool.kernel] * 2, [pool.stride] * 2, [pool.padding] * 2, [1, 1], False)
+    outer = outer.contiguous(memory_format=torch.channels_last)
+    return cast(Tensor, torch.ops.aten.max_pool2d_with_indices_backward(outer, like, *square, index))

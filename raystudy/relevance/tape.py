@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from raystudy.relevance import rules
 from raystudy.relevance.canonise import Block, Conv, Network
-from raystudy.relevance.gradients import InputGradient, Size
+from raystudy.relevance.gradients import InputGradient, Size, input_gradient
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,22 @@ class ConvRule:
             Conv(conv.weight.contiguous(memory_format=torch.channels_last), conv.bias, conv.stride, conv.padding),
             weights.contiguous(memory_format=torch.channels_last),
             gamma,
-            InputGradient.of(weights, conv.stride, conv.padding),
+            input_gradient(weights, conv.stride, conv.padding),
         )
 
     def forward(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the plain output (N, O, h, w) with bias and 1/Z (N, m O, h, w) for an input ``a`` >= 0."""
+        """Return the plain output (N, O, h, w) with bias and Z (N, m O, h, w) for an input ``a`` >= 0."""
         y = F.conv2d(a, self.conv.weight, self.conv.bias, self.conv.stride, self.conv.padding)
         dtype = self.rule_weights.dtype
         z = F.conv2d(a.to(dtype), self.rule_weights, None, self.conv.stride, self.conv.padding)
-        if self.gamma == float("inf"):
-            return y, rules.reciprocal(z)
-        return y, rules.gamma_reciprocals(z)
+        return y, z if self.gamma == float("inf") else rules.gamma_denominators(z)
 
-    def factor(self, share: Tensor, reciprocal: Tensor) -> Tensor:
+    @staticmethod
+    def factor(share: Tensor, z: Tensor) -> Tensor:
         """Return ``share / Z`` for each copy of the outputs, (N, m O, h, w)."""
-        copies = reciprocal.shape[1] // share.shape[1]
-        share = share.to(reciprocal.dtype)
-        return reciprocal.mul_(share if copies == 1 else share.repeat(1, copies, 1, 1))
+        copies = z.shape[1] // share.shape[1]
+        share = share.to(z.dtype)
+        return rules.divide(share if copies == 1 else share.repeat(1, copies, 1, 1), z)
 
     def back(self, g: Tensor, factor: Tensor, size: Size) -> Tensor:
         """Hand ``g`` of the output (N K, O, h, w) to the input (N K, I, H, W)."""
@@ -104,7 +103,7 @@ class BlockRecord:
 def record_block(rule: BlockRule, x: Tensor) -> BlockRecord:
     """Run a block on ``x`` >= 0 and keep its factors."""
     sizes: list[Size] = []
-    reciprocals: list[Tensor] = []
+    denominators: list[Tensor] = []
     shares: list[Tensor] = []
     a = y = x
     for i, conv in enumerate(rule.convs):
@@ -112,19 +111,19 @@ def record_block(rule: BlockRule, x: Tensor) -> BlockRecord:
             a = y.relu_()
             shares.append(a)
         sizes.append((a.shape[2], a.shape[3]))
-        y, reciprocal = conv.forward(a)
-        reciprocals.append(reciprocal)
+        y, z = conv.forward(a)
+        denominators.append(z)
     if rule.shortcut is None:
         v, over = x, None
     else:
         v, over = rule.shortcut.forward(x)
     t = y + v
     share = rules.residual_share(t)
-    factors = [conv.factor(s, r) for conv, s, r in zip(rule.convs, [*shares, y * share], reciprocals, strict=True)]
+    factors = [ConvRule.factor(s, z) for s, z in zip([*shares, y * share], denominators, strict=True)]
     if rule.shortcut is None or over is None:
         shortcut = share.to(factors[-1].dtype)
     else:
-        shortcut = rule.shortcut.factor(v * share, over)
+        shortcut = ConvRule.factor(v * share, over)
     return BlockRecord(t.relu_(), tuple(sizes), tuple(factors), shortcut)
 
 
@@ -166,7 +165,7 @@ class RuleNetwork:
             network.stem.weight.contiguous(memory_format=torch.channels_last), network.stem.bias, network.stem.stride,
             network.stem.padding,
         )  # fmt: skip
-        self.stem_gradient = InputGradient.of(
+        self.stem_gradient = input_gradient(
             rules.box_weights(network.stem.weight).to(dtype), network.stem.stride, network.stem.padding
         )
         stages = network.stages
@@ -220,9 +219,9 @@ class RuleNetwork:
         relevance = start.to(top.dtype).reshape(n * k, -1, 1, 1)
         hidden, top_cell = pick(tape.hidden), pick(top)
         first, second = self.add_on
-        factor = second.factor(torch.ones_like(relevance), second.forward(hidden)[1])
+        factor = ConvRule.factor(torch.ones_like(relevance), second.forward(hidden)[1])
         g = second.back(relevance, factor, (1, 1))
-        g = first.back(g, first.factor(hidden, first.forward(top_cell)[1]), (1, 1))  # N K, C, 1, 1
+        g = first.back(g, ConvRule.factor(hidden, first.forward(top_cell)[1]), (1, 1))  # N K, C, 1, 1
         spread = g.new_zeros(n * k, g.shape[1], top.shape[2], top.shape[3]).to(memory_format=torch.channels_last)
         spread.flatten(2).scatter_(2, cells.reshape(-1, 1, 1).expand(-1, g.shape[1], 1), g.flatten(2))
         return spread.to(self.dtype)
@@ -255,7 +254,7 @@ class RuleNetwork:
                 below = rule.stage
             g = back_block(rule, record, g)
         note("maxpool", tape.pooled)
-        s = rules.scatter_to_winners(times(g, tape.pool_factor), tape.winners, tape.stem_size)
+        s = rules.scatter_to_winners(times(g, tape.pool_factor), tape.winners, tape.stem_size, self.network.pool)
         size = (tape.images.shape[2], tape.images.shape[3])
         gradients = per_image(self.stem_gradient(s, size), n)
         return rules.box_combine(tape.images.unsqueeze(1), gradients)

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from raystudy.relevance import rules
-from raystudy.relevance.canonise import Conv
-from raystudy.relevance.gradients import InputGradient
+from raystudy.relevance.canonise import Conv, Pool
+from raystudy.relevance.gradients import input_gradient
 from raystudy.relevance.tape import ConvRule
 from tests.relevance import oracle
 
@@ -34,8 +34,8 @@ def tensors(case: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def through(a: torch.Tensor, w: torch.Tensor, r: torch.Tensor, stride: int, padding: int, gamma: float) -> torch.Tensor:
     """The package's rule for one convolution: R of the output to R of the input."""
     rule = ConvRule.of(Conv(w, torch.randn(len(w), dtype=w.dtype), stride, padding), gamma, torch.float64)
-    _, reciprocal = rule.forward(a)
-    return a * rule.back(r, rule.factor(torch.ones_like(r), reciprocal), (a.shape[2], a.shape[3]))
+    _, z = rule.forward(a)
+    return a * rule.back(r, rule.factor(torch.ones_like(r), z), (a.shape[2], a.shape[3]))
 
 
 @pytest.mark.parametrize("case", SHAPES)
@@ -72,7 +72,7 @@ def test_input_gradient_equals_the_transposed_jacobian(case: tuple[int, ...]) ->
     stride, padding = case[3:5]
     expected = (oracle.jacobian(w, tuple(a.shape[1:]), stride, padding).T @ r.flatten()).view_as(a)
     size = (a.shape[2], a.shape[3])
-    torch.testing.assert_close(InputGradient.of(w, stride, padding)(r, size), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(input_gradient(w, stride, padding)(r, size), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_an_output_without_positive_contributions_hands_on_nothing_and_stays_finite() -> None:
@@ -102,7 +102,7 @@ def box_through(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, stride: int, 
     z = z - rules.BOX_LOW * F.conv2d(ones, w.clamp(min=0), None, stride, padding)
     z = z - rules.BOX_HIGH * F.conv2d(ones, w.clamp(max=0), None, stride, padding)
     s = r / rules.stabilise(z, rules.BOX_EPS)
-    gradients = InputGradient.of(rules.box_weights(w), stride, padding)(s, (x.shape[2], x.shape[3]))
+    gradients = input_gradient(rules.box_weights(w), stride, padding)(s, (x.shape[2], x.shape[3]))
     return rules.box_combine(x.unsqueeze(1), gradients.unsqueeze(1))[0, 0]
 
 
@@ -153,7 +153,7 @@ def test_box_bounds_are_the_darkest_and_brightest_normalised_value_of_any_channe
 
 def pool_back(a: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     _, winners = F.max_pool2d(a, 3, 2, 1, return_indices=True)
-    return rules.scatter_to_winners(r, winners, (a.shape[2], a.shape[3]))
+    return rules.scatter_to_winners(r, winners, (a.shape[2], a.shape[3]), Pool(3, 2, 1))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -230,5 +230,6 @@ def test_similarity_start_refuses_another_power() -> None:
         rules.similarity_start(torch.zeros(2), torch.zeros(2), 3)
 
 
-def test_reciprocal_is_zero_at_zero() -> None:
-    assert rules.reciprocal(torch.tensor([4.0, 0.0, -2.0])).tolist() == [0.25, 0.0, -0.5]
+def test_division_by_zero_is_zero() -> None:
+    share = torch.tensor([1.0, 1.0, 0.0, -3.0])
+    assert rules.divide(share, torch.tensor([4.0, 0.0, 0.0, -2.0])).tolist() == [0.25, 0.0, 0.0, 1.5]
