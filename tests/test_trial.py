@@ -25,24 +25,28 @@ from tests.trial_example import FILES, MODEL, SIZE, contents, data, spec
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {},
-    "published": {"last_layer_bn": "published"},
-    "bf16": {"precision": "bf16", "schedule": "cosine"},
+    "published batch norm, bf16": {"last_layer_bn": "published", "precision": "bf16", "schedule": "cosine"},
 }
-
-
-@pytest.fixture(scope="module", params=VARIANTS)
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialSpec, Storage]:
-    """A trial of each variant that nothing interrupted."""
-    storage = open_storage(tmp_path_factory.mktemp(request.param))
-    run_trial(spec(VARIANTS[request.param]), *data(), storage)
-    return spec(VARIANTS[request.param]), storage
 
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    storage = open_storage(tmp_path_factory.mktemp("plain"))
+    """The example trial with its defaults, which nothing interrupted."""
+    storage = open_storage(tmp_path_factory.mktemp("frozen"))
     run_trial(spec(), *data(), storage)
     return storage
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def finished(
+    request: pytest.FixtureRequest, frozen: Storage, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrialSpec, Storage]:
+    """A trial of each variant that nothing interrupted."""
+    trial, storage = spec(VARIANTS[request.param]), frozen
+    if request.param != "frozen":
+        storage = open_storage(tmp_path_factory.mktemp("variant"))
+        run_trial(trial, *data(), storage)
+    return trial, storage
 
 
 def after(n: int) -> Callable[[], bool]:

@@ -66,9 +66,18 @@ def last_stage(folder: Path) -> str:
     return str(events[-1]["stage"]) if events else "start"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the short trial when nothing happens to it."""
+    storage = open_storage(tmp_path_factory.mktemp("whole"))
+    run_trial(SHORT, *data(), storage)
+    return contents(storage)
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_trial_killed_in_a_stage_ends_with_the_same_bytes(stage: str, tmp_path: Path) -> None:
-    run_trial(SHORT, *data(), open_storage(tmp_path / "whole"))
+def test_a_trial_killed_in_a_stage_ends_with_the_same_bytes(
+    stage: str, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     asked = iter(range(1, 1000))
     with pytest.raises(TrialInterrupted):  # so that there is a checkpoint to go on from
         run_trial(SHORT, *data(), open_storage(tmp_path / "killed"), should_stop=lambda: next(asked) == 2)
@@ -76,7 +85,7 @@ def test_a_trial_killed_in_a_stage_ends_with_the_same_bytes(stage: str, tmp_path
     killed.join(60)
     assert killed.exitcode == -signal.SIGKILL
     run_trial(SHORT, *data(), open_storage(tmp_path / "killed"))
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "killed") == whole
 
 
 def kill_at_random_moments(folder: Path, n_kills: int, seed: int) -> Counter[str]:
