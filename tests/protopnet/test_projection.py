@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raystudy.protopnet import ProjectionRecord, ProtoPNet, project_prototypes
-from raystudy.protopnet.projection import merge_patches, nearest_patches, project_features
+from raystudy.protopnet.projection import NearestPatches, merge_patches, nearest_patches, project_features
 from tests.protopnet import oracle
 
 N, CLASSES, PER_CLASS, DIM, GRID = 11, 3, 2, 4, (3, 5)
@@ -93,6 +93,17 @@ def test_shards_merge_to_the_same_sources_in_any_order(cuts: set[int], order: ob
     for shard in shards[1:]:
         merged = merge_patches(merged, shard)
     assert all(torch.equal(a, b) for a, b in zip(merged, whole, strict=True))
+
+
+def test_merging_prefers_distance_then_image_then_cell() -> None:
+    def found(distance: float, image: int, cell: int) -> NearestPatches:
+        place = torch.tensor([image]), torch.tensor([cell])
+        return NearestPatches(torch.tensor([distance]), *place, torch.tensor([[float(cell)]]))
+
+    best_first = [found(1, 5, 9), found(2, 3, 7), found(2, 3, 8), found(2, 4, 1)]
+    for better, worse in itertools.combinations(best_first, 2):
+        for merged in (merge_patches(better, worse), merge_patches(worse, better)):
+            assert all(torch.equal(a, b) for a, b in zip(merged, better, strict=True))
 
 
 def test_images_batch_by_batch_give_what_one_tensor_gives() -> None:
