@@ -80,13 +80,14 @@ class Lab:
         script = home / "boot.sh"
         script.write_text(self._boot_script(name))
         command = ["ip", "netns", "exec", space, "unshare", "--pid", "--fork", "--mount", "--mount-proc", "--uts"]
-        self._boots[name] = subprocess.Popen(
-            [*command, "--kill-child", "bash", str(script)],
-            stdin=subprocess.DEVNULL,
-            stdout=(home / "boot.log").open("wb"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with (home / "boot.log").open("wb") as log:
+            self._boots[name] = subprocess.Popen(
+                [*command, "--kill-child", "bash", str(script)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def _boot_script(self, name: str) -> str:
         home, lines = self.folder / name, "\\n".join(f"{ip} {host}" for host, ip in HOSTS.items())

@@ -169,9 +169,24 @@ def test_a_study_on_ssh_hosts_survives_the_death_of_a_machine(lab: Lab, bucket: 
         forward.wait()
     resumed = [t for t in _states(lab, experiment) if "resumed" in _events(lab, t)]
     assert resumed, "the killed machine's trial went on from its checkpoint"
-    _client(lab, ray, "down", "-y", str(cluster), check=False)
-    for name in ("head", "w2"):
-        _wait(f"the end of Ray on {name}", 60, lambda name=name: not [p for p in lab.processes(name) if "ray" in p])
+    down = _client(lab, ray, "down", "-y", str(cluster), check=False)
+    for name in ("head", "w2"):  # with a machine gone Ray may leave its other workers to us
+        if _ray_processes(lab, name):
+            ssh = ("ssh", "-i", str(lab.key), *known, f"root@{HOSTS[name]}")
+            _client(lab, *ssh, "bash -ic 'ray stop --force'", check=False)
+        left = _wait_for_none(lambda name=name: _ray_processes(lab, name), 60)
+        assert not left, f"left on {name}: {left}\n{down.stdout[-2000:]}\n{down.stderr[-2000:]}"
+
+
+def _ray_processes(lab: Lab, name: str) -> list[str]:
+    return [line for line in lab.processes(name) if "ray/" in line or "raylet" in line or "ray::" in line]
+
+
+def _wait_for_none(found: Callable[[], list[str]], seconds: float) -> list[str]:
+    until = time.monotonic() + seconds
+    while (left := found()) and time.monotonic() < until:
+        time.sleep(1)
+    return left
 
 
 def _events(lab: Lab, trial_id: str) -> list[str]:
