@@ -4,91 +4,105 @@ from __future__ import annotations
 
 import queue
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
 from raystudy.config import Resources
 from raystudy.explanation import JOBS, Job
 from raystudy.orchestrate.explain import Explainer, ExplainJob
-from raystudy.orchestrate.films import Films
-from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.metrics import StudyMetrics
 from raystudy.orchestrate.plan import PlannedTrial
-from raystudy.orchestrate.progress import Display
+from raystudy.orchestrate.search import Halving, value_of
+from raystudy.orchestrate.search_tune import BookSearcher, HalvingScheduler
 from raystudy.orchestrate.session import Session
+from raystudy.orchestrate.state import Run
 from raystudy.orchestrate.sweep import Placement, Queued, Sweep, TrialNews, check_placement
 from raystudy.orchestrate.watch import Watch
-from raystudy.orchestrate.worker import Work, train
-
-if TYPE_CHECKING:
-    from raystudy.orchestrate.driver import Outcome, Stop, Todo
 
 LOOP_SECONDS = 0.1
 PENDING_ON_A_CLUSTER = 32  # slots that an autoscaler is told of ahead of time
 
 
-def run_on_ray(
-    resources: Resources,
-    ledger: Ledger,
-    todo: Todo,
-    films: Films,
-    stop: Stop,
-    outcome: Outcome,
-    shown: Display,
-    session: Session,
-    work: Work = train,
-) -> None:
+def run_on_ray(run: Run, resources: Resources, session: Session) -> None:
     """Run everything that is to do; return when it ended or the wish to stop was followed."""
-    study, placement = ledger.study, placement_of(resources, session)
+    placement = placement_of(resources, session)
     if session.local:
         check_placement(placement, session.cpus, session.gpus)
-    metrics = StudyMetrics(study.name)
-    metrics.images(sum(len(a.image_ids) for a in films.arrays.values()), films.quarantined)
-    images = films.shared()
-    waiting = [Queued(t.trial_id, ledger.rows[t.trial_id], films.key(t)) for t in todo.trials]
-    sweep = Sweep(study, waiting, images, placement, stop, work)
+    metrics = StudyMetrics(run.study.name)
+    metrics.images(sum(len(a.image_ids) for a in run.films.arrays.values()), run.films.quarantined)
+    images = run.films.shared()
     explainer = Explainer(
-        study,
+        run.study,
         images,
         session.explain_slots or max(1, int(session.cpus)),
         resources.explain_cpus,
         resources.explain_gpus,
         session.explain_slots > 0,
         resources.max_failures,
-        stop,
+        run.stop,
     )
-    watch = Watch(study, shown, outcome.states, metrics)
-    trials = {t.trial_id: t for t in todo.involved}
-    explaining = work is train
-    watch.explain_total = len(todo.explanations) + (
-        len(JOBS) * sum(t.explain.enabled for t in todo.trials) if explaining else 0
-    )
-    watch.begin(todo.involved)
-    for trial, job in todo.explanations:
-        explainer.add(_explain_job(ledger, films, trial, job))
+    for trial, job in run.todo.explanations:
+        explainer.add(_explain_job(run, trial, job))
+    sweep = _sweep(run, images, placement)
+    watch = Watch(run.study, run.shown, run.outcome.states, metrics)
+    watch.explain_total = len(run.todo.explanations) + len(JOBS) * sum(map(run.explains, run.todo.trials))
+    watch.begin(run.todo.involved)
     sweep.start()
     while True:
         ended = not sweep.running
         for news in _drain(sweep.news):
-            watch.trial(news)
-            outcome.trained += news.state == "finished"
-            trial = trials[news.trial_id]
-            if news.state == "finished" and trial.explain.enabled and explaining:
-                for job in JOBS:
-                    explainer.add(_explain_job(ledger, films, trial, job))
-            elif news.state in ("failed", "diverged") and trial.explain.enabled and explaining:
-                watch.explain_total -= len(JOBS)
+            _follow(run, news, watch, explainer)
         for news in explainer.poll(trials_running=not ended):
             watch.explanation(news)
-            outcome.explained += news.state == "finished"
+            run.outcome.explained += news.state == "finished"
         watch.explain_running = explainer.running
         watch.tick(explainer.queue)
         if ended and not explainer.queue:
             break
-        stop()
+        run.stop()
         time.sleep(LOOP_SECONDS)
     sweep.finish()
     watch.shown.running({})
-    outcome.failures |= watch.failures
+    run.outcome.failures |= watch.failures
+
+
+def _sweep(run: Run, images: dict[str, Any], placement: Placement) -> Sweep:
+    """Return the sweep of the missing trials, or of a search that goes on."""
+    waiting = [_queued(run, t) for t in run.todo.trials]
+    sweep = Sweep(run.study, waiting, images, placement, run.stop, run.work)
+    if run.book is not None and run.todo.suggestions:
+        scheduler = None
+        if run.book.settings.scheduler == "asha":
+            halving = Halving(run.study.storage, run.book.experiment.training.epochs)
+            halving.open()
+            scheduler = HalvingScheduler(run.book, halving)
+        watched = scheduler is not None
+        sweep.searcher = BookSearcher(
+            waiting, run.stop, run.book, run.ledger, partial(_queued, run), sweep.news, watched
+        )
+        sweep.scheduler = scheduler
+    return sweep
+
+
+def _follow(run: Run, news: TrialNews, watch: Watch, explainer: Explainer) -> None:
+    """Take over what became of a trial: its state, its explanations, its observation."""
+    trial = run.book.trials[news.trial_id] if run.book else watch.trials[news.trial_id]
+    if news.state == "waiting":
+        watch.begin([trial])
+        watch.explain_total += len(JOBS) * run.explains(trial)
+    watch.trial(news)
+    run.outcome.trained += news.state == "finished"
+    if news.state == "finished" and run.explains(trial):
+        for job in JOBS:
+            explainer.add(_explain_job(run, trial, job))
+    elif news.state in ("failed", "diverged", "stopped"):
+        watch.explain_total -= len(JOBS) * run.explains(trial)
+    if run.book and news.state in ("finished", "diverged", "stopped"):
+        run.book.observe(news.trial_id, value_of(run.study, news.trial_id))
+
+
+def _queued(run: Run, trial: PlannedTrial) -> Queued:
+    return Queued(trial.trial_id, run.ledger.rows[trial.trial_id], run.films.key(trial))
 
 
 def placement_of(resources: Resources, session: Session) -> Placement:
@@ -110,8 +124,9 @@ def placement_of(resources: Resources, session: Session) -> Placement:
     )
 
 
-def _explain_job(ledger: Ledger, films: Films, trial: PlannedTrial, job: Job) -> ExplainJob:
-    return ExplainJob(trial.trial_id, job, trial.explain, ledger.rows[trial.trial_id], films.key(trial))
+def _explain_job(run: Run, trial: PlannedTrial, job: Job) -> ExplainJob:
+    rows, images = run.ledger.rows[trial.trial_id], run.films.key(trial)
+    return ExplainJob(trial.trial_id, job, trial.explain, rows, images)
 
 
 def _drain(news: queue.SimpleQueue[TrialNews]) -> list[TrialNews]:

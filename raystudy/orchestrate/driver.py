@@ -6,27 +6,27 @@ A run that finds everything done starts no Ray.  Ctrl-C, SIGTERM and `raystudy s
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from types import FrameType
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
-from raystudy.explanation import JOBS, Job
 from raystudy.orchestrate.changes import describe_changes
+from raystudy.orchestrate.cluster import run_on_ray
 from raystudy.orchestrate.films import Films, plan_readable, prepare_films
-from raystudy.orchestrate.ledger import Ledger, clear_stop, write_stop
-from raystudy.orchestrate.lock import StudyLock, locked
+from raystudy.orchestrate.ledger import STOPPED, Ledger, clear_stop
+from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.phantoms import write_phantom_originals
+from raystudy.orchestrate.plain import run_plain
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan, plan_study
 from raystudy.orchestrate.progress import Display, Silent, display
+from raystudy.orchestrate.search import SearchBook, search_experiment
 from raystudy.orchestrate.session import connect
-from raystudy.orchestrate.worker import Work, stop_watch, train
+from raystudy.orchestrate.state import Outcome, Run, Stop, Todo
+from raystudy.orchestrate.worker import Work, train
 from raystudy.storage import Storage, open_storage
 from raystudy.study import Study
 
@@ -40,78 +40,6 @@ class Mirror(Protocol):
     def close(self) -> bool: ...
 
 
-@dataclass
-class Outcome:
-    """What a run did."""
-
-    states: dict[str, str]
-    trained: int = 0
-    explained: int = 0
-    failures: dict[str, str] = field(default_factory=dict[str, str])
-    interrupted: bool = False
-    seconds: float = 0.0
-
-    @property
-    def exit_code(self) -> int:
-        """0 done, 1 something failed, 130 interrupted."""
-        if self.interrupted:
-            return 130
-        return 1 if self.failures else 0
-
-
-@dataclass(frozen=True)
-class Todo:
-    """What the study directory lacks."""
-
-    trials: list[PlannedTrial]
-    explanations: list[tuple[PlannedTrial, Job]]
-
-    def __bool__(self) -> bool:
-        return bool(self.trials or self.explanations)
-
-    @property
-    def involved(self) -> list[PlannedTrial]:
-        """Every trial that is trained or explained, once."""
-        return list({t.trial_id: t for t in [*self.trials, *(t for t, _ in self.explanations)]}.values())
-
-
-class Stop:
-    """The wish to end with checkpoints: a signal, a file in the study directory, or the loss of the lock."""
-
-    def __init__(self, study: Study, lock: StudyLock) -> None:
-        self._study = study
-        self._asked = threading.Event()
-        self._written = False
-        self._watch = stop_watch(study, lambda: self._asked.is_set() or lock.lost)
-
-    def __call__(self) -> bool:
-        wished = self._watch()
-        if wished and not self._written:
-            self._written = True
-            if self._asked.is_set():
-                write_stop(self._study, "the driver")  # trials look for it
-        return wished
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as the wish; a second one ends at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self._asked.is_set():
-                raise KeyboardInterrupt
-            self._asked.set()
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def run(
     experiment: Experiment, *, only_failed: bool = False, address: str | None = None, take_over: bool = False
 ) -> int:
@@ -121,9 +49,9 @@ def run(
     with display() as shown, ExitStack() as open_ray:
         if experiment.images.unreadable == "drop":
             open_ray.enter_context(connect(address))
-            plan = plan_readable(experiment, storage, shown)
+            plan = plan_readable(_planned(experiment), storage, shown)
         else:
-            plan = plan_study(experiment, storage)
+            plan = plan_study(_planned(experiment), storage)
         outcome = run_study(
             plan,
             storage,
@@ -161,7 +89,8 @@ def prepare_only(experiment: Experiment) -> None:
     storage.check_writable()
     with display() as shown, connect(dashboard=False):
         drop = experiment.images.unreadable == "drop"
-        plan = plan_readable(experiment, storage, shown) if drop else plan_study(experiment, storage)
+        asked = _planned(experiment)
+        plan = plan_readable(asked, storage, shown) if drop else plan_study(asked, storage)
         write_phantom_originals(experiment, plan.image_table, storage, shown)
         for prepared in prepare_films(plan.trials, plan.image_table, storage, shown).prepared.values():
             shown.say(f"{prepared.n_new} images decoded, {prepared.n_reused} were there: {prepared.key}")
@@ -199,22 +128,27 @@ def run_study(
     study = Study(storage.child(plan.experiment.name))
     with locked(study.storage, take_over=take_over) as lock:
         clear_stop(study)
-        ledger = Ledger(study, plan)
+        book = _book(plan, study)
+        asked = plan if book is None else replace(plan, trials=tuple(book.trials.values()))
+        ledger = Ledger(study, asked)
         ledger.open()
         missing = ledger.missing_trials(only_failed)
-        todo = Todo(missing, ledger.missing_explanations(only_failed))
+        more = book is not None and book.wants_more and not only_failed
+        todo = Todo(missing, ledger.missing_explanations(only_failed), more)
         for line in describe_changes(ledger, missing):
             shown.say(line)
         ledger.write_plan()
         ledger.prepare_trials(todo.involved)
-        outcome = Outcome({t.trial_id: _state(ledger, t) for t in plan.trials})
-        shown.say(_overview(plan, study, todo))
+        outcome = Outcome({t.trial_id: _state(ledger, t) for t in asked.trials})
+        shown.say(_overview(asked, study, todo))
         if mirror is not None:
             mirror.start()
         try:
             if todo:
-                stop = Stop(study, lock)
-                _execute(plan, storage, ledger, todo, stop, outcome, shown, executor, address, work)
+                run = Run(ledger, todo, Films(), Stop(study, lock), outcome, shown, work, book)
+                _execute(run, plan, storage, executor, address)
+            if book is not None:
+                shown.say(book.verdict())
             if report is not None and not outcome.interrupted and _reportable(study, todo, outcome):
                 shown.say(report(study))
         finally:
@@ -228,65 +162,32 @@ def run_study(
     return outcome
 
 
-def _execute(
-    plan: StudyPlan,
-    storage: Storage,
-    ledger: Ledger,
-    todo: Todo,
-    stop: Stop,
-    outcome: Outcome,
-    shown: Display,
-    executor: Executor,
-    address: str | None,
-    work: Work,
-) -> None:
+def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, address: str | None) -> None:
+    shown = run.shown
     with connect(address) as session:
         if session.dashboard and executor == "ray":
             shown.say(f"Ray dashboard: {session.dashboard}")
         write_phantom_originals(plan.experiment, plan.image_table, storage, shown)
-        films = prepare_films(todo.involved, plan.image_table, storage, shown)
-        ledger.study.storage.write_json("images.json", {"keys": sorted(films.arrays)})
-        with stop.signals():
+        involved = run.todo.involved if run.book is None else plan.trials
+        run.films = prepare_films(involved, plan.image_table, storage, shown)
+        run.study.storage.write_json("images.json", {"keys": sorted(run.films.arrays)})
+        with run.stop.signals():
             if executor == "plain":
-                _plain(ledger, todo, films, stop, outcome, shown, work)
+                run_plain(run)
             else:
-                from raystudy.orchestrate.cluster import run_on_ray
-
-                run_on_ray(plan.experiment.resources, ledger, todo, films, stop, outcome, shown, session, work)
-        outcome.interrupted = stop()
-
-
-def _plain(ledger: Ledger, todo: Todo, films: Films, stop: Stop, outcome: Outcome, shown: Display, work: Work) -> None:
-    """One thing after the other: trials and their explanations, missing explanations of finished trials first."""
-    from raystudy.orchestrate.worker import Assignment, Device, explain
-
-    def assignment(trial: PlannedTrial) -> Assignment:
-        return Assignment(ledger.study, trial.trial_id, ledger.rows[trial.trial_id], Device())
-
-    def explain_one(trial: PlannedTrial, job: Job) -> None:
-        if not stop() and explain(job, assignment(trial), films.array(trial), trial.explain, stop) == "finished":
-            outcome.explained += 1
-
-    for trial, job in todo.explanations:
-        explain_one(trial, job)
-    for trial in todo.trials:
-        if stop():
-            return
-        state = work(assignment(trial), films.array(trial), stop)
-        outcome.states[trial.trial_id] = state
-        outcome.trained += state == "finished"
-        shown.say(f"{state} {trial.trial_id}")
-        if state == "finished" and trial.explain.enabled and work is train:
-            for job in JOBS:
-                explain_one(trial, job)
+                run_on_ray(run, plan.experiment.resources, session)
+        run.outcome.interrupted = run.stop()
 
 
 def _state(ledger: Ledger, trial: PlannedTrial) -> str:
-    return "finished" if "result.json" in ledger.files(trial) else "waiting"
+    names = ledger.files(trial)
+    return "finished" if "result.json" in names else "stopped" if STOPPED in names else "waiting"
 
 
 def _overview(plan: StudyPlan, study: Study, todo: Todo) -> str:
     n, done = len(plan.trials), len(plan.trials) - len(todo.trials)
+    if todo.suggestions:
+        return f"{study.name}: searching; {n} trials suggested so far, {done} done ({study.storage.uri})"
     if not todo:
         return f"{study.name}: all {n} trials are done ({study.storage.uri})"
     explanations = f", {len(todo.explanations)} explanations of finished trials" if todo.explanations else ""
@@ -296,6 +197,18 @@ def _overview(plan: StudyPlan, study: Study, todo: Todo) -> str:
 def _reportable(study: Study, todo: Todo, outcome: Outcome) -> bool:
     fresh = outcome.trained or outcome.explained or not study.storage.exists("report/index.html")
     return bool(fresh) and any(state == "finished" for state in outcome.states.values())
+
+
+def _planned(experiment: Experiment) -> Experiment:
+    return search_experiment(experiment) if experiment.search else experiment
+
+
+def _book(plan: StudyPlan, study: Study) -> SearchBook | None:
+    if plan.experiment.search is None:
+        return None
+    book = SearchBook(study, plan.experiment, plan)
+    book.open()
+    return book
 
 
 def _mirror(experiment: Experiment, storage: Storage) -> Mirror | None:

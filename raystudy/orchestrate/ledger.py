@@ -27,6 +27,7 @@ from raystudy.trial_files import keep_spec
 
 STOP = "stop.json"
 FAILED = "failed.json"
+STOPPED = "stopped.json"  # of a trial: a search ended it early; it is not missing
 WRITERS = 16
 
 
@@ -89,7 +90,7 @@ class Ledger:
         return [
             t
             for t in self.plan.trials
-            if "result.json" not in self.files(t) and (not only_failed or FAILED in self.files(t))
+            if not {"result.json", STOPPED} & self.files(t) and (not only_failed or FAILED in self.files(t))
         ]
 
     def missing_explanations(self, only_failed: bool = False) -> list[tuple[PlannedTrial, Job]]:

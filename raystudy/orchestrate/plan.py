@@ -100,7 +100,7 @@ def plan_study(experiment: Experiment, storage: Storage, unusable: Collection[st
     StudyError : a source, policy or cell (have/need) that makes the study impossible; a missing weights file.
     """
     arms = tuple(_arms(experiment, storage, unusable))
-    trials = tuple(trial for arm in arms for trial in _trials(arm))
+    trials = tuple(trial for arm in arms for trial in trials_of(arm))
     return StudyPlan(experiment, arms, trials)
 
 
@@ -127,7 +127,8 @@ def _arms(experiment: Experiment, storage: Storage, unusable: Collection[str]) -
     return arms
 
 
-def _trials(arm: Arm) -> list[PlannedTrial]:
+def trials_of(arm: Arm) -> list[PlannedTrial]:
+    """Return the trials of one combination of axis values, in the plan's order."""
     experiment = arm.experiment
     weights = _weights_identity(experiment.model)
     sources = {k: v.model_dump(mode="json") for k, v in experiment.sources.items() if v.kind == "phantom"}

@@ -34,15 +34,16 @@ class Lines:
     """Plain lines for logs and pipes."""
 
     def __init__(self) -> None:
-        self._last: dict[str, float] = {}
+        self._last: dict[str, tuple[float, int, int]] = {}
 
     def say(self, text: str) -> None:
         print(text, flush=True)
 
     def count(self, what: str, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
-        if done >= total or now - self._last.get(what, -LINE_SECONDS) >= LINE_SECONDS:
-            self._last[what] = now
+        when, *before = self._last.get(what, (-LINE_SECONDS, -1, -1))
+        if before != [done, total] and (done >= total or now - when >= LINE_SECONDS):
+            self._last[what] = (now, done, total)
             print(f"{what}: {done}/{total}{f'  {detail}' if detail else ''}", flush=True)
 
     def running(self, lines: dict[str, str]) -> None:

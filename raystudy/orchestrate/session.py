@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 
 import raystudy
 from raystudy.errors import StudyError
@@ -72,7 +73,7 @@ def connect(
         options |= {"address": "local", "num_cpus": n_cpus, "num_gpus": gpus, "include_dashboard": dashboard}
         options |= {"resources": {EXPLAIN: float(max(1, n_cpus))}}
     else:
-        _check_address(address)
+        check_address(address)
         options |= {"address": address, "runtime_env": _runtime_env()}
     page = _init(address, options)
     try:
@@ -106,7 +107,7 @@ def _init(address: str | None, options: dict[str, Any]) -> str | None:
         ) from error
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
     """Refuse an address that nobody answers at, before Ray tries for a long time; turn token authentication on."""
     if address.startswith(("http://", "https://")):
         raise StudyError(
@@ -135,6 +136,7 @@ def _check_address(address: str) -> None:
         return
     if has_token():
         os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # Ray read its environment when it was imported
     elif not _is_loopback(host):
         raise StudyError(
             "there is no token for this cluster here",

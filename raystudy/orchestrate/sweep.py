@@ -24,17 +24,20 @@ from typing import Any, Literal
 import ray
 import ray.exceptions
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raystudy.errors import StudyError
 from raystudy.images.array import ImageArray
-from raystudy.orchestrate.ledger import FAILED, TrialRows
+from raystudy.orchestrate.ledger import FAILED, STOPPED, TrialRows
 from raystudy.orchestrate.worker import Assignment, Device, Status, Work, rows_of, stop_watch, train, words
+from raystudy.storage import Storage
 from raystudy.study import Study
 
 LONGEST_PAUSE = 300.0
+STOP_SECONDS = 60.0  # for a trial that a search stopped early
 _TUNE_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the experiment keep their meaning
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -76,10 +79,10 @@ class Queued:
 
 @dataclass(frozen=True)
 class TrialNews:
-    """What became of a trial: ``running``, ``retry``, or how it ended."""
+    """What became of a trial: new and ``waiting``, ``running``, ``retry``, or how it ended."""
 
     trial_id: str
-    state: Literal["running", "retry", "finished", "diverged", "interrupted", "failed"]
+    state: Literal["waiting", "running", "retry", "finished", "diverged", "interrupted", "failed", "stopped"]
     message: str = ""
 
 
@@ -96,7 +99,8 @@ class _Shared:
 @ray.remote(max_retries=0)
 def trial_task(work: Work, assignment: Assignment, images: ImageArray) -> Status:
     """Run one trial in a process of its own."""
-    return work(assignment, images, stop_watch(assignment.study))
+    also = (assignment.directory, STOPPED) if assignment.watched else None
+    return work(assignment, images, stop_watch(assignment.study, mark=also))
 
 
 class TrialSlot(tune.Trainable):
@@ -105,35 +109,83 @@ class TrialSlot(tune.Trainable):
     def setup(self, config: dict[str, Any], shared: _Shared | None = None) -> None:
         assert shared is not None
         self.shared = shared
+        self._begin()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._end_task()
+        self._begin()
         return True
 
-    def step(self) -> dict[str, Any]:
-        """Run the trial to its end, whatever it is."""
-        status, attempts, message = self._try()
-        return {"trial": self.config["trial"], "status": status, "attempts": attempts, "message": message, "done": True}
+    def cleanup(self) -> None:
+        self._end_task()
 
-    def _try(self) -> tuple[str, int, str]:
-        placement, trial_id = self.shared.placement, str(self.config["trial"])
-        directory = self.shared.study.trial(trial_id)
+    def step(self) -> dict[str, Any]:
+        """Run the trial to its end; when it is watched, only to its next validation accuracy."""
+        placement = self.shared.placement
         stopped = stop_watch(self.shared.study)
-        for attempt in range(1, placement.max_failures + 2):
-            if stopped():
-                return "interrupted", attempt, ""
+        while True:
+            if self._task is None:
+                if stopped():
+                    return self._over("interrupted")
+                self._attempt += 1
+                self._task = self._launch(self._attempt)
+            ready, _ = ray.wait([self._task], timeout=self._look_seconds)
+            if not ready:
+                found = self._latest_value()
+                if found:
+                    return found
+                continue
+            task, self._task = self._task, None
             try:
-                return ray.get(self._launch(attempt)), attempt, ""
+                return self._over(ray.get(task))
             except ray.exceptions.RayError as error:
-                message, last = words(error), attempt > placement.max_failures or is_final(error)
-                if last:
-                    mark = {"error": message, "attempts": attempt, "time": time.time()}
-                    directory.write_json(FAILED, mark)
-                    return "failed", attempt, message
-                directory.append_event(
-                    "events", {"time": time.time(), "event": "retry", "attempt": attempt, "error": message}
-                )
-                _sleep(pause_before_retry(error, attempt, placement), stopped)
-        raise AssertionError("the last attempt returns")
+                message = words(error)
+                if self._attempt > placement.max_failures or is_final(error):
+                    mark = {"error": message, "attempts": self._attempt, "time": time.time()}
+                    self._directory.write_json(FAILED, mark)
+                    return self._over("failed", message)
+                retry = {"time": time.time(), "event": "retry", "attempt": self._attempt, "error": message}
+                self._directory.append_event("events", retry)
+                _sleep(pause_before_retry(error, self._attempt, placement), stopped)
+
+    def _begin(self) -> None:
+        self._task: Any = None
+        self._attempt = 0
+        self._seen = 0
+
+    @property
+    def _directory(self) -> Storage:
+        return self.shared.study.trial(str(self.config["trial"]))
+
+    @property
+    def _look_seconds(self) -> float | None:
+        if not self.config.get("watched"):
+            return None
+        return 0.5 if self.shared.study.storage.is_local else 3.0
+
+    def _over(self, status: str, message: str = "") -> dict[str, Any]:
+        return {
+            "trial": self.config["trial"],
+            "status": status,
+            "attempts": self._attempt,
+            "message": message,
+            "done": True,
+        }
+
+    def _latest_value(self) -> dict[str, Any] | None:
+        events = self._directory.read_events("events", self._seen)
+        self._seen += len(events)
+        found = [e for e in events if e.get("val_accuracy") is not None and e.get("epoch")]
+        if not found:
+            return None
+        return {"trial": self.config["trial"], "epoch": found[-1]["epoch"], "val_accuracy": found[-1]["val_accuracy"]}
+
+    def _end_task(self) -> None:
+        """Wait for a task whose trial was stopped early: it sees its mark and writes a checkpoint."""
+        task, self._task = self._task, None
+        if task is not None:
+            ray.wait([task], timeout=STOP_SECONDS)
+            ray.cancel(task, force=True)
 
     def _launch(self, attempt: int) -> Any:
         shared, placement = self.shared, self.shared.placement
@@ -148,7 +200,7 @@ class TrialSlot(tune.Trainable):
             num_gpus=placement.gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),
         )
-        assignment = Assignment(shared.study, trial_id, rows, device)
+        assignment = Assignment(shared.study, trial_id, rows, device, bool(self.config.get("watched")))
         return task.remote(shared.work, assignment, shared.images[self.config["images"]])
 
 
@@ -178,6 +230,10 @@ def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
         time.sleep(min(0.2, max(0.0, until - time.monotonic())))
 
 
+def _forgotten() -> None:
+    """What Tune's throw-away folder keeps of an object that belongs to this process."""
+
+
 class PlanSearcher(Searcher):
     """Hands out the planned trials in their order; the wish to stop ends it."""
 
@@ -185,6 +241,9 @@ class PlanSearcher(Searcher):
         super().__init__()
         self._waiting = deque(waiting)
         self._stopping = stopping
+
+    def __reduce__(self) -> Any:
+        return _forgotten, ()
 
     def suggest(self, trial_id: str) -> Any:
         if self._stopping() or not self._waiting:
@@ -218,6 +277,9 @@ class _Reporter(tune.Callback):
     def __init__(self, study: Study, news: queue.SimpleQueue[TrialNews]) -> None:
         self._study, self._news = study, news
 
+    def __reduce__(self) -> Any:
+        return _forgotten, ()
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._news.put(TrialNews(trial.config["trial"], "running"))
 
@@ -227,9 +289,15 @@ class _Reporter(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        if "status" not in result:
+            return  # a watched trial goes on
         for _ in range(int(result["attempts"]) - 1):
             self._news.put(TrialNews(result["trial"], "retry"))
         self._news.put(TrialNews(result["trial"], result["status"], result["message"]))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if "status" not in (trial.last_result or {}):
+            self._news.put(TrialNews(trial.config["trial"], "stopped"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = trial.get_error()
@@ -257,6 +325,7 @@ class Sweep:
     stopping: Callable[[], bool]
     work: Work = train
     searcher: Searcher | None = None
+    scheduler: TrialScheduler | None = None
     news: queue.SimpleQueue[TrialNews] = field(default_factory=queue.SimpleQueue)
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
@@ -300,6 +369,7 @@ class Sweep:
             param_space={},
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
+                scheduler=self.scheduler,
                 num_samples=-1,
                 max_concurrent_trials=self.placement.max_concurrent,
                 reuse_actors=True,

@@ -16,7 +16,7 @@ from raystudy.orchestrate.progress import Display
 from raystudy.orchestrate.sweep import TrialNews
 from raystudy.study import Study
 
-ENDS = ("finished", "diverged", "failed", "interrupted")
+ENDS = ("finished", "diverged", "failed", "interrupted", "stopped")
 
 
 @dataclass
@@ -140,8 +140,10 @@ class Watch:
 
     def _counted(self) -> None:
         counts = Counter(self.states.values())
-        done = counts["finished"] + counts["diverged"]
-        detail = ", ".join(f"{counts[s]} {s}" for s in ("running", "failed", "diverged", "interrupted") if counts[s])
+        done = counts["finished"] + counts["diverged"] + counts["stopped"]
+        detail = ", ".join(
+            f"{counts[s]} {s}" for s in ("running", "failed", "diverged", "stopped", "interrupted") if counts[s]
+        )
         self.shown.count("trials", done, len(self.states), detail)
         if self.explain_total:
             self.shown.count("explanations", self.explain_done, self.explain_total)

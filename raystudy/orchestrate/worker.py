@@ -45,6 +45,7 @@ class Assignment:
     trial_id: str
     rows: TrialRows
     device: Device
+    watched: bool = False  # a search may stop it early
 
     @property
     def directory(self) -> Storage:
@@ -102,8 +103,16 @@ def read_inputs(assignment: Assignment) -> tuple[TrialSpec, pd.DataFrame, pd.Dat
     return read_spec(assignment.directory), read_rows(study, rows.cohort), read_rows(study, rows.tests)
 
 
-def stop_watch(study: Study, also: Callable[[], bool] = lambda: False) -> Callable[[], bool]:
-    """Return ``should_stop``: looks for the wish to stop now and then, and remembers it."""
+def stop_watch(
+    study: Study, also: Callable[[], bool] = lambda: False, mark: tuple[Storage, str] | None = None
+) -> Callable[[], bool]:
+    """Return ``should_stop``: looks for the wish to stop now and then, and remembers it.
+
+    Parameters
+    ----------
+    also : another reason, asked every time.
+    mark : a file that is a wish, too.
+    """
     pause = LOCAL_POLL if study.storage.is_local else REMOTE_POLL
     seen, looked = False, -pause
 
@@ -115,7 +124,7 @@ def stop_watch(study: Study, also: Callable[[], bool] = lambda: False) -> Callab
         if not seen and now - looked >= pause:
             looked = now
             try:
-                seen = stop_wished(study)
+                seen = stop_wished(study) or (mark is not None and mark[0].exists(mark[1]))
             except StudyError:  # the storage is away: nobody can wish anything now
                 return False
         return seen

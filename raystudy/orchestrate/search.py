@@ -1,0 +1,334 @@
+"""Hyperparameter search: which settings give the best validation accuracy; a test set is never looked at.
+
+A suggestion is one set of values; it is tried on every task, seed and chosen mixture, and its objective is the mean
+validation accuracy of these trials.  Suggestions are written before they start, observations when they are made, stops
+before they happen; a search that was interrupted reads them back and goes on as if nothing had been.
+
+    search/suggestions/000007.json   {"number", "values"}
+    search/observations/000007.json  {"number", "objective", "trials"}
+    search/rungs                     events: what each trial had reached at a rung, and whether it went on
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from raystudy.config import Experiment, Search, SearchRange
+from raystudy.errors import StudyError
+from raystudy.orchestrate.ledger import STOPPED
+from raystudy.orchestrate.plan import Arm, PlannedTrial, StudyPlan, trials_of
+from raystudy.storage import Storage
+from raystudy.streams import stream, stream_seed
+from raystudy.study import Study
+
+FOLDER = "search"
+SEARCHABLE = ("model", "training")
+ETA = 3  # of the asynchronous halving: a third goes on
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One set of values, by its number in the search."""
+
+    number: int
+    values: dict[str, Any]
+
+
+@dataclass
+class SearchBook:
+    """What a search suggested and observed, in the study directory.
+
+    Parameters
+    ----------
+    base : the plan of the experiment without searched values; its cohorts serve every suggestion.
+    """
+
+    study: Study
+    experiment: Experiment
+    base: StudyPlan
+    suggestions: list[Suggestion] = field(default_factory=list[Suggestion])
+    observed: dict[int, float] = field(default_factory=dict[int, float])
+    trials: dict[str, PlannedTrial] = field(default_factory=dict[str, PlannedTrial])
+    _of_trial: dict[str, int] = field(default_factory=dict[str, int])
+    _values: dict[int, dict[str, float | None]] = field(default_factory=dict[int, dict[str, float | None]])
+    _lock: threading.RLock = field(default_factory=threading.RLock)  # Tune's thread suggests, the driver's observes
+
+    @property
+    def settings(self) -> Search:
+        assert self.experiment.search is not None
+        return self.experiment.search
+
+    def open(self) -> None:
+        """Read what an earlier run of this search left.
+
+        Raises
+        ------
+        StudyError : the searched keys are others now, or cannot be searched.
+        """
+        check_space(self.settings)
+        if self.settings.algorithm == "optuna":
+            _require_optuna()
+        storage = self.study.storage
+        for path in storage.list(f"{FOLDER}/suggestions"):
+            kept = storage.read_json(path)
+            if set(kept["values"]) != set(self.settings.space):
+                raise StudyError(
+                    "this study has searched other keys: " + ", ".join(sorted(kept["values"])),
+                    where="search.space",
+                    remedy="give the experiment another name",
+                )
+            self._admit(Suggestion(int(kept["number"]), dict(kept["values"])))
+        for path in storage.list(f"{FOLDER}/observations"):
+            kept = storage.read_json(path)
+            self.observed[int(kept["number"])] = float(kept["objective"])
+        for trial_id, number in self._of_trial.items():
+            if number not in self.observed:  # it ended between its result and its observation
+                value = value_of(self.study, trial_id)
+                if value is not None:
+                    self._observe(trial_id, value)
+
+    @property
+    def wants_more(self) -> bool:
+        return len(self.suggestions) < self.settings.trials
+
+    def verdict(self) -> str:
+        """Say what was best so far."""
+        best = self.best()
+        if best is None:
+            return "no suggestion is observed yet"
+        values = ", ".join(f"{key} = {value}" for key, value in best[0].values.items())
+        return f"best of {len(self.observed)}: {best[1]:.1f} % validation accuracy with {values}"
+
+    def suggest(self) -> Suggestion | None:
+        """Return the next suggestion, written down, or None when there are enough."""
+        number = len(self.suggestions)
+        if number >= self.settings.trials:
+            return None
+        draw = _optuna if self.settings.algorithm == "optuna" else _random
+        values = {key: self._fitting(key, value) for key, value in draw(self, number).items()}
+        suggestion = Suggestion(number, values)
+        self._variant(values)  # refused before it is written down
+        path = f"{FOLDER}/suggestions/{number:06d}.json"
+        self.study.storage.write_json(path, {"number": number, "values": values})
+        with self._lock:
+            self._admit(suggestion)
+        return suggestion
+
+    def planned(self, suggestion: Suggestion) -> list[PlannedTrial]:
+        """Return the trials of a suggestion."""
+        return [t for t in self.trials.values() if self._of_trial[t.trial_id] == suggestion.number]
+
+    def observe(self, trial_id: str, value: float | None) -> None:
+        """Take a trial's validation accuracy (None: it failed); write the observation once all are there."""
+        with self._lock:
+            self._observe(trial_id, value)
+
+    def _observe(self, trial_id: str, value: float | None) -> None:
+        number = self._of_trial[trial_id]
+        values = self._values.setdefault(number, {})
+        values[trial_id] = value
+        wanted = [t for t, n in self._of_trial.items() if n == number]
+        if set(values) < set(wanted) or number in self.observed:
+            return
+        known = [v for v in values.values() if v is not None]
+        if len(known) < len(wanted):
+            return  # failed trials are tried again by the next run
+        self.observed[number] = math.fsum(known) / len(known)
+        note = {"number": number, "objective": self.observed[number], "trials": values}
+        self.study.storage.write_json(f"{FOLDER}/observations/{number:06d}.json", note)
+
+    def best(self) -> tuple[Suggestion, float] | None:
+        """Return the best observed suggestion; the earlier of equals."""
+        if not self.observed:
+            return None
+        number = min(self.observed, key=lambda n: (-self.observed[n], n))
+        return self.suggestions[number], self.observed[number]
+
+    def _admit(self, suggestion: Suggestion) -> None:
+        self.suggestions.append(suggestion)
+        for trial in self._variant(suggestion.values):
+            self.trials[trial.trial_id] = trial
+            self._of_trial[trial.trial_id] = suggestion.number
+
+    def _variant(self, values: dict[str, Any]) -> list[PlannedTrial]:
+        """Plan the trials of a suggestion on the cohorts that are drawn already."""
+        try:
+            arms = [Arm({**a.axes, **values}, a.experiment.with_values(values), a.cohorts) for a in self.base.arms]
+        except ValidationError as error:
+            raise StudyError(
+                f"the suggestion {values} is not a valid experiment: {error.errors()[0]['msg']}",
+                where="search.space",
+                remedy="narrow the space",
+            ) from None
+        return [trial for arm in arms for trial in trials_of(arm)]
+
+    def _fitting(self, key: str, value: Any) -> Any:
+        """Round a drawn number: to an integer where the setting is one, to four digits elsewhere."""
+        section, _, leaf = key.partition(".")
+        now = getattr(getattr(self.experiment, section), leaf)
+        if not isinstance(value, float):
+            return value
+        return round(value) if isinstance(now, int) and not isinstance(now, bool) else float(f"{value:.4g}")
+
+
+def check_space(search: Search) -> None:
+    """Refuse keys whose trials could not be compared by validation accuracy.
+
+    Raises
+    ------
+    StudyError : a key outside model and training.
+    """
+    for key in search.space:
+        if key.split(".")[0] not in SEARCHABLE:
+            raise StudyError(
+                f"{key} cannot be searched: it decides who is looked at, or what is shown, not how well is learned",
+                where="search.space",
+                remedy=f"search keys of {' and '.join(SEARCHABLE)}; compare the others as axes",
+            )
+
+
+def search_experiment(experiment: Experiment) -> Experiment:
+    """Return the experiment of a search's trials: its chosen mixtures."""
+    assert experiment.search is not None
+    return experiment.model_copy(update={"mixtures": experiment.search.mixtures})
+
+
+def _random(book: SearchBook, number: int) -> dict[str, Any]:
+    """Draw every value from a stream of its own: suggestion n does not depend on what came before."""
+    values: dict[str, Any] = {}
+    for key, wanted in book.settings.space.items():
+        share = float(stream(book.experiment.study_seed, "search", key, number).random())
+        values[key] = _at(wanted, share)
+    return values
+
+
+def _at(wanted: SearchRange, share: float) -> Any:
+    if wanted.choice is not None:
+        return wanted.choice[min(len(wanted.choice) - 1, int(share * len(wanted.choice)))]
+    if wanted.uniform is not None:
+        low, high = wanted.uniform
+        return low + share * (high - low)
+    assert wanted.loguniform is not None
+    low, high = wanted.loguniform
+    return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+
+
+def _optuna(book: SearchBook, number: int) -> dict[str, Any]:
+    """Ask Optuna's TPE, told every observation again, with a seed of its own: it remembers nothing itself."""
+    optuna = _require_optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    seed = stream_seed(book.experiment.study_seed, "search", "optuna", number) % 2**32
+    memory = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+    space = {key: _distribution(wanted) for key, wanted in book.settings.space.items()}
+    for known in book.suggestions:
+        if known.number in book.observed:
+            params = {key: _parameter(book.settings.space[key], value) for key, value in known.values.items()}
+            memory.add_trial(
+                optuna.trial.create_trial(params=params, distributions=space, value=book.observed[known.number])
+            )
+    asked = memory.ask(space).params
+    return {key: _value(book.settings.space[key], value) for key, value in asked.items()}
+
+
+def _require_optuna() -> Any:
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise StudyError(
+            "search.algorithm is optuna, which is not installed",
+            where="search.algorithm",
+            remedy="pip install 'raystudy[search]', or search.algorithm: random",
+        ) from None
+    return optuna
+
+
+def _distribution(wanted: SearchRange) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if wanted.choice is not None:
+        return CategoricalDistribution(list(range(len(wanted.choice))))
+    low, high = wanted.uniform or wanted.loguniform or (0.0, 1.0)
+    return FloatDistribution(low, high, log=wanted.loguniform is not None)
+
+
+def _parameter(wanted: SearchRange, value: Any) -> Any:
+    return wanted.choice.index(value) if wanted.choice is not None else value
+
+
+def _value(wanted: SearchRange, parameter: Any) -> Any:
+    return wanted.choice[int(parameter)] if wanted.choice is not None else float(parameter)
+
+
+@dataclass
+class Halving:
+    """Asynchronous successive halving on validation accuracy, kept in the study directory.
+
+    A trial that reaches a rung goes on when it is among the best third of those that reached it before it, of the same
+    task, mixture and seeds.  Rungs are at epochs / 3, epochs / 9, … completed epochs.
+    """
+
+    storage: Storage
+    epochs: int
+    reached: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])  # rung -> trial -> value
+    stopped: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def rungs(self) -> list[int]:
+        """The epochs at which a trial may be stopped, rising."""
+        found: list[int] = []
+        rung = self.epochs // ETA
+        while rung >= 1:
+            found.append(rung)
+            rung //= ETA
+        return sorted(found)
+
+    def open(self) -> None:
+        for event in self.storage.read_events(f"{FOLDER}/rungs"):
+            self.reached.setdefault(event["rung"], {})[event["trial"]] = event["value"]
+            if not event["goes_on"]:
+                self.stopped[event["trial"]] = event["value"]
+
+    def goes_on(self, trial_id: str, cell: str, epoch: int, value: float) -> bool:
+        """Decide at an epoch, write the decision down, and return it; a trial is asked once per rung."""
+        if trial_id in self.stopped:
+            return False
+        for rung in self.rungs:
+            name = f"{cell} epoch {rung}"
+            if epoch < rung or trial_id in self.reached.get(name, {}):
+                continue
+            others = self.reached.setdefault(name, {})
+            others[trial_id] = value
+            ranked = sorted(others.values(), reverse=True)
+            stays = len(ranked) < ETA or value >= ranked[max(1, len(ranked) // ETA) - 1]
+            note = {"time": time.time(), "rung": name, "trial": trial_id, "value": value, "goes_on": stays}
+            self.storage.append_event(f"{FOLDER}/rungs", note)
+            if not stays:
+                self.stopped[trial_id] = value
+                return False
+        return True
+
+
+def cell_of(trial: PlannedTrial) -> str:
+    """Name what two trials must share to be compared at a rung."""
+    spec = trial.spec
+    return f"{spec.task} h1_{spec.h1_share:03d} seed {spec.seed} cohort {spec.cohort_seed}"
+
+
+def value_of(study: Study, trial_id: str) -> float | None:
+    """Return a trial's validation accuracy: of its result, or where the search stopped it; None when there is none."""
+    directory = study.trial(trial_id)
+    try:
+        result = directory.read_json("result.json")
+        return float(result["selected"]["val_accuracy"]) if result["status"] == "finished" else 0.0
+    except FileNotFoundError:
+        pass
+    try:
+        return float(directory.read_json(STOPPED)["value"])
+    except FileNotFoundError:
+        return None

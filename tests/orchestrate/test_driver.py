@@ -1,0 +1,224 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from raystudy.errors import StudyError
+from raystudy.orchestrate.driver import Outcome, run_study
+from raystudy.orchestrate.lock import locked
+from raystudy.orchestrate.plan import StudyPlan, plan_study
+from raystudy.orchestrate.progress import Silent
+from raystudy.orchestrate.worker import Work, train
+from raystudy.storage import Storage, open_storage
+from raystudy.study import Study
+from tests.orchestrate import tiny, works
+
+PACKED = ["resources.cpus=0.3", "resources.explain_cpus=0.3"]
+
+
+class Said(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_films(tmp_path_factory.mktemp("films"))
+
+
+def planned(
+    films: Path, storage: Path, overrides: list[str] | None = None, **more: object
+) -> tuple[StudyPlan, Storage]:
+    experiment = tiny.experiment(films, storage, overrides, **more)
+    root = open_storage(storage)
+    return plan_study(experiment, root), root
+
+
+def run_tiny(
+    films: Path, storage: Path, overrides: list[str] | None = None, work: Work = train, **more: object
+) -> Outcome:
+    plan, root = planned(films, storage, overrides)
+    return run_study(plan, root, work=work, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def plain(films: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[str, bytes]:
+    """What the study leaves when one trial follows the other in one process."""
+    storage = tmp_path_factory.mktemp("plain")
+    outcome = run_tiny(films, storage, executor="plain")
+    assert (outcome.trained, outcome.explained, outcome.exit_code) == (3, 6, 0)
+    return tiny.result_bytes(storage)
+
+
+def test_plain_loop_and_ray_one_at_a_time_and_three_at_a_time_leave_the_same_bytes(
+    films: Path, plain: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert tiny.kinds(plain)["result.json"] == 3
+    assert tiny.kinds(plain)["done.json"] == 6
+    for name, overrides in (("one", ["resources.max_concurrent=1"]), ("packed", PACKED)):
+        outcome = run_tiny(films, tmp_path / name, overrides)
+        assert (outcome.trained, outcome.explained, outcome.failures) == (3, 6, {})
+        assert tiny.result_bytes(tmp_path / name) == plain
+
+
+def test_a_seed_more_runs_exactly_the_missing_trials(films: Path, tmp_path: Path, ray_local: None) -> None:
+    first = run_tiny(films, tmp_path, PACKED, works.null)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "tiny" / "trials").glob("*/result.json")}
+    second = run_tiny(films, tmp_path, [*PACKED, "seeds=[0, 1]"], works.null)
+    assert (first.trained, second.trained, len(second.states)) == (3, 3, 6)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert run_tiny(films, tmp_path, [*PACKED, "seeds=[0, 1]"], works.null).trained == 0
+
+
+def test_a_changed_spec_is_told_before_other_trials_start(films: Path, tmp_path: Path, ray_local: None) -> None:
+    run_tiny(films, tmp_path, PACKED, works.null)
+    said = Said()
+    run_tiny(films, tmp_path, [*PACKED, "training.epochs=4"], works.null, shown=said)
+    assert any("training.epochs: 2 -> 4  (3 trials)" in line for line in said.lines)
+    assert len(list((tmp_path / "tiny" / "trials").iterdir())) == 6
+
+
+@pytest.mark.parametrize(("kind", "times", "attempts"), [("other", 9, 2), ("crash", 9, 2), ("value", 9, 1)])
+def test_a_trial_that_fails_is_marked_and_the_study_finishes(
+    kind: str, times: int, attempts: int, films: Path, tmp_path: Path, ray_local: None
+) -> None:
+    plan, root = planned(films, tmp_path, [*PACKED, "resources.max_failures=1"])
+    bad = plan.trials[1].trial_id
+    directory = Study(root.child("tiny")).trial(bad)
+    directory.write_bytes("fail", f"{kind} {times}".encode())
+    outcome = run_study(plan, root, work=works.fail_by_file)
+    assert outcome.exit_code == 1
+    assert list(outcome.failures) == [bad]
+    assert (outcome.trained, outcome.states[bad]) == (2, "failed")
+    assert directory.read_json("failed.json")["attempts"] == attempts
+    status = Study(root.child("tiny")).status()
+    assert status.counts["failed"] == 1
+    assert status.counts["finished"] == 2
+    directory.delete("fail")
+    again = run_study(plan, root, only_failed=True, work=works.fail_by_file)
+    assert (again.trained, again.exit_code) == (1, 0)
+    assert not directory.exists("failed.json")
+
+
+def test_a_trial_that_runs_out_of_memory_comes_back_after_a_pause(films: Path, tmp_path: Path, ray_local: None) -> None:
+    plan, root = planned(films, tmp_path, ["mixtures=[50]", *PACKED])
+    directory = Study(root.child("tiny")).trial(plan.trials[0].trial_id)
+    directory.write_bytes("fail", b"memory 1")
+    started = time.monotonic()
+    outcome = run_study(plan, root, work=works.fail_by_file)
+    assert outcome.exit_code == 0
+    assert time.monotonic() - started >= 10
+    (retry,) = directory.read_events("events")
+    assert (retry["event"], retry["attempt"]) == ("retry", 1)
+    assert "MemoryError" in retry["error"]
+
+
+def test_the_wish_to_stop_ends_the_study_and_the_next_run_goes_on(films: Path, tmp_path: Path, ray_local: None) -> None:
+    plan, root = planned(films, tmp_path, ["resources.cpus=0.5", "resources.explain_cpus=0.5"])
+    study = Study(root.child("tiny"))
+
+    def ask() -> None:
+        while not study.storage.list("trials") or not any("events" in n for n in study.storage.list("trials")):
+            time.sleep(0.05)
+        study.storage.write_json("stop.json", {"by": "test"})
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    outcome = run_study(plan, root, work=works.until_stopped)
+    asker.join()
+    assert (outcome.exit_code, outcome.trained) == (130, 0)
+    assert set(outcome.states.values()) <= {"interrupted", "waiting"}
+    assert "interrupted" in outcome.states.values()
+    assert run_study(plan, root, work=works.null).trained == 3
+
+
+def test_a_second_driver_is_refused(films: Path, tmp_path: Path) -> None:
+    plan, root = planned(films, tmp_path)
+    with locked(root.child("tiny")), pytest.raises(StudyError, match="another driver"):
+        run_study(plan, root, executor="plain")
+
+
+def test_a_study_of_a_newer_raystudy_is_refused(films: Path, tmp_path: Path) -> None:
+    plan, root = planned(films, tmp_path)
+    root.child("tiny").write_json("plan.json", {"format": 99})
+    with pytest.raises(StudyError, match="newer raystudy"):
+        run_study(plan, root)
+
+
+def test_films_that_cannot_be_read_are_named_or_left_out(tmp_path: Path, ray_local: None) -> None:
+    films = tiny.make_films(tmp_path / "films")
+    plan, root = planned(films, tmp_path / "studies")
+    row = plan.trials[0].cohort.iloc[0]
+    (films / "films" / Path(row["uri"]).name).write_bytes(b"no film")
+    with pytest.raises(StudyError, match=r"1 images cannot be used: .*unreadable=drop|1 images cannot be used"):
+        run_study(plan, root, work=works.null)
+    from raystudy.orchestrate.films import plan_readable
+
+    experiment = tiny.experiment(films, tmp_path / "studies", ["images.unreadable=drop", *PACKED])
+    said = Said()
+    readable = plan_readable(experiment, root, said)
+    assert said.lines == ["1 images cannot be read and are left out"]
+    assert all(row["image_id"] not in set(t.cohort["image_id"]) for t in readable.trials)
+    assert run_study(readable, root, work=works.null).trained == 3
+
+
+COMMAND = [sys.executable, "-m", "raystudy.cli", "run"]
+
+
+def start_driver(file: Path, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    return subprocess.Popen(
+        [*COMMAND, str(file), *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def wait_for(study: Path, event: str, driver: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not any(event in p.read_text() for p in study.glob("trials/*/events")):
+        assert driver.poll() is None, driver.stdout and driver.stdout.read()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_killed_and_an_interrupted_driver_leave_a_study_that_ends_with_the_same_bytes(
+    films: Path, plain: dict[str, bytes], tmp_path: Path
+) -> None:
+    file = tiny.experiment_file(films, tmp_path)
+    study = tmp_path / "tiny"
+    driver = start_driver(file)
+    wait_for(study, '"epoch"', driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate(timeout=60)
+    assert json.loads((study / "lock.json").read_text())["pid"] == driver.pid
+
+    driver = start_driver(file)
+    wait_for(study, '"resumed"', driver)
+    driver.send_signal(signal.SIGINT)
+    out, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130, out
+    assert "run the same command again" in out
+    assert not (study / "lock.json").exists()
+
+    driver = start_driver(file)
+    out, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 0, out
+    assert tiny.result_bytes(tmp_path) == plain
+    assert (study / "report" / "index.html").exists()
+
+    started = time.monotonic()
+    driver = start_driver(file, "--address", "127.0.0.1:9")  # nobody is there: a finished study starts no Ray
+    out, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 0, out
+    assert "all 3 trials are done" in out
+    assert time.monotonic() - started < 20

@@ -1,0 +1,132 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from raystudy.errors import StudyError
+from raystudy.orchestrate.lock import LOCK, StudyLock, locked
+from raystudy.storage import Storage, open_storage
+
+
+def dead_record(storage: Storage, **more: object) -> dict[str, object]:
+    """Leave the lock of a driver of this host that was killed."""
+    code = (
+        "import sys, os; from raystudy.orchestrate.lock import StudyLock; from raystudy.storage import open_storage; "
+        "StudyLock(open_storage(sys.argv[1])).acquire(); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, storage.uri], check=False, timeout=60)
+    record = {**storage.read_json(LOCK), **more}
+    storage.write_json(LOCK, record)
+    return record
+
+
+def test_the_lock_names_its_owner_and_goes_with_it(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    with locked(storage):
+        record = storage.read_json(LOCK)
+        assert record["pid"] == os.getpid()
+        assert str(os.getpid()) in record["owner"]
+        assert record["host"] in record["owner"]
+    assert storage.list() == []
+
+
+def test_a_second_driver_is_refused_and_told_who_works(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    with locked(storage), pytest.raises(StudyError, match=f"process {os.getpid()}"), locked(storage):
+        pass
+    with locked(storage):
+        pass
+
+
+def test_the_lock_of_a_driver_that_was_killed_on_this_host_is_taken_over(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    dead = dead_record(storage)
+    with locked(storage):
+        assert storage.read_json(LOCK)["token"] != dead["token"]
+        assert storage.list() == [LOCK]
+
+
+def test_a_pid_that_was_given_to_another_process_is_not_taken_for_the_owner(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    dead_record(storage, pid=os.getpid())
+    with locked(storage):
+        pass
+
+
+def test_a_driver_elsewhere_is_taken_over_only_when_the_user_says_so_and_it_is_silent(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    dead_record(storage, host="elsewhere", owner="process 7 on elsewhere")
+    with pytest.raises(StudyError, match="--take-over"):
+        StudyLock(storage).acquire()
+    with locked(storage, take_over=True, beat_seconds=0.1):
+        assert storage.read_json(LOCK)["pid"] == os.getpid()
+
+
+def test_a_driver_elsewhere_that_still_beats_is_not_taken_over_whatever_the_clocks_say(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    record = dead_record(storage, host="elsewhere", heartbeat=0.0)
+    ended = threading.Event()
+
+    def beat() -> None:
+        n = 0
+        while not ended.wait(0.05):
+            n += 1
+            storage.write_json(LOCK, {**record, "heartbeat": float(n)})
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(StudyError, match="another driver"):
+            StudyLock(storage, take_over=True, beat_seconds=0.1).acquire()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_of_many_drivers_that_take_over_one_wins(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    dead_record(storage)
+    code = (
+        "import sys, time; from raystudy.orchestrate.lock import StudyLock; from raystudy.errors import StudyError\n"
+        "from raystudy.storage import open_storage\n"
+        "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
+        "try: StudyLock(open_storage(sys.argv[1])).acquire(); print('won'); time.sleep(3)\n"
+        "except StudyError: print('refused')"
+    )
+    start = str(time.time() + 2)
+    commands = [[sys.executable, "-c", code, storage.uri, start] for _ in range(6)]
+    racers = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
+    words = sorted(racer.communicate(timeout=60)[0].strip() for racer in racers)
+    assert words == ["refused"] * 5 + ["won"]
+
+
+def test_a_claim_that_was_left_half_done_does_not_block_for_ever(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    dead = dead_record(storage)
+    claimant = {**dead, "token": "feed", "pid": 999_999_999}
+    storage.write_bytes(f"lock-{dead['token']}.json", json.dumps(claimant).encode())
+    with locked(storage):
+        assert storage.list() == [LOCK]
+
+
+def test_a_driver_whose_lock_was_taken_over_learns_it(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    with locked(storage, beat_seconds=0.05) as lock:
+        storage.write_json(LOCK, {"token": "another"})
+        until = time.monotonic() + 5
+        while not lock.lost and time.monotonic() < until:
+            time.sleep(0.02)
+        assert lock.lost
+    assert storage.read_json(LOCK) == {"token": "another"}
+
+
+def test_a_damaged_lock_names_itself(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    storage.write_bytes(LOCK, b"{")
+    with pytest.raises(StudyError, match=r"damaged lock\.json"):
+        StudyLock(storage).acquire()

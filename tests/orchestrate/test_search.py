@@ -1,0 +1,131 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from raystudy.errors import StudyError
+from raystudy.orchestrate.driver import run_study
+from raystudy.orchestrate.plan import plan_study
+from raystudy.orchestrate.search import Halving, SearchBook, search_experiment
+from raystudy.orchestrate.state import Outcome
+from raystudy.storage import open_storage
+from raystudy.study import Study
+from tests.orchestrate import tiny, works
+
+SPACE = {
+    "training.lr_backbone": {"loguniform": [1e-5, 1e-1]},
+    "training.coefficient_cluster": {"uniform": [0.4, 1.2]},
+    "model.prototypes_per_class": {"choice": [1, 2]},
+}
+SEARCH = {"space": SPACE, "trials": 6, "algorithm": "random", "scheduler": "none", "mixtures": [50]}
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_films(tmp_path_factory.mktemp("films"))
+
+
+def search(films: Path, storage: Path, overrides: list[str] | None = None, executor: str = "plain") -> Outcome:
+    experiment = tiny.experiment(films, storage, overrides, search=SEARCH)
+    root = open_storage(storage)
+    plan = plan_study(search_experiment(experiment), root)
+    return run_study(plan, root, executor=executor, work=works.learn)  # type: ignore[arg-type]
+
+
+def book(films: Path, storage: Path, overrides: list[str] | None = None) -> SearchBook:
+    experiment = tiny.experiment(films, storage, overrides, search=SEARCH)
+    root = open_storage(storage)
+    found = SearchBook(Study(root.child("tiny")), experiment, plan_study(search_experiment(experiment), root))
+    found.open()
+    return found
+
+
+def texts(storage: Path) -> dict[str, bytes]:
+    return {p.name + p.parent.name: p.read_bytes() for p in (storage / "tiny" / "search").glob("*/*.json")}
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_an_interrupted_search_suggests_what_an_uninterrupted_one_does(
+    algorithm: str, films: Path, tmp_path: Path, ray_local: None
+) -> None:
+    more = [f"search.algorithm={algorithm}"]
+    whole = search(films, tmp_path / "whole", more)
+    assert whole.trained == 6
+    for trials in (1, 4, 6):  # as if it had been stopped after so many
+        search(films, tmp_path / "parts", [*more, f"search.trials={trials}"])
+    assert texts(tmp_path / "parts") == texts(tmp_path / "whole")
+    assert len(texts(tmp_path / "whole")) == 12
+    assert search(films, tmp_path / "whole", more).trained == 0
+
+
+def test_the_best_suggestion_is_the_one_with_the_best_validation_accuracy(
+    films: Path, tmp_path: Path, ray_local: None
+) -> None:
+    search(films, tmp_path)
+    found = book(films, tmp_path)
+    best = found.best()
+    assert best is not None
+    distances = [abs(math.log10(s.values["training.lr_backbone"]) + 3) for s in found.suggestions]
+    assert best[0].number == distances.index(min(distances))
+    assert "training.lr_backbone = " in found.verdict()
+    trial = next(iter(found.trials.values()))
+    assert set(trial.spec.axes) == set(SPACE)
+    assert trial.spec.training.lr_backbone == trial.spec.axes["training.lr_backbone"]
+
+
+def test_values_stay_in_their_ranges(films: Path, tmp_path: Path) -> None:
+    found = book(films, tmp_path, ["search.trials=40"])
+    while found.suggest() is not None:
+        pass
+    rates = [s.values["training.lr_backbone"] for s in found.suggestions]
+    assert all(1e-5 <= r <= 1e-1 for r in rates)
+    assert sum(r < 1e-3 for r in rates) in range(10, 31)  # loguniform: half of the draws, 20 +- 3 deviations
+    assert {s.values["model.prototypes_per_class"] for s in found.suggestions} == {1, 2}
+    assert all(0.4 <= s.values["training.coefficient_cluster"] <= 1.2 for s in found.suggestions)
+
+
+def test_a_key_that_decides_who_is_looked_at_cannot_be_searched(films: Path, tmp_path: Path) -> None:
+    key = "cohort.train"
+    experiment = tiny.experiment(films, tmp_path, search={**SEARCH, "space": {key: {"choice": [10, 12]}}})
+    root = open_storage(tmp_path)
+    with pytest.raises(StudyError, match="cannot be searched"):
+        run_study(plan_study(search_experiment(experiment), root), root, executor="plain")
+
+
+def test_a_search_of_other_keys_is_another_study(films: Path, tmp_path: Path) -> None:
+    book(films, tmp_path).suggest()
+    more = {**SEARCH, "space": {"training.lr_add_on": {"uniform": [1e-4, 1e-2]}}}
+    experiment = tiny.experiment(films, tmp_path, search=more)
+    root = open_storage(tmp_path)
+    with pytest.raises(StudyError, match="searched other keys"):
+        run_study(plan_study(search_experiment(experiment), root), root, executor="plain")
+
+
+def test_halving_lets_the_best_third_go_on_and_decides_the_same_when_it_is_read_back(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    halving = Halving(storage, epochs=9)
+    assert halving.rungs == [1, 3]
+    assert halving.goes_on("a", "cell", 1, 50.0)
+    assert halving.goes_on("b", "cell", 1, 60.0)
+    assert not halving.goes_on("c", "cell", 1, 55.0)  # three are there, the best one goes on
+    assert halving.goes_on("d", "cell", 1, 61.0)
+    assert halving.goes_on("e", "other", 1, 1.0)  # another mixture is another race
+    again = Halving(storage, epochs=9)
+    again.open()
+    assert (again.reached, again.stopped) == (halving.reached, {"c": 55.0})
+    assert not again.goes_on("c", "cell", 2, 99.0)
+    assert again.goes_on("a", "cell", 2, 0.0)  # asked once a rung
+
+
+def test_a_search_on_ray_stops_the_hopeless_early_and_goes_on_from_its_marks(
+    films: Path, tmp_path: Path, ray_local: None
+) -> None:
+    more = ["search.scheduler=asha", "resources.cpus=0.5", "resources.explain_cpus=0.5", "training.epochs=6"]
+    outcome = search(films, tmp_path, [*more, "search.trials=5"], "ray")
+    states = list(outcome.states.values())
+    stopped = states.count("stopped")
+    assert set(states) == {"finished", "stopped"}
+    assert stopped >= 1
+    assert len(list(tmp_path.glob("tiny/trials/*/stopped.json"))) == stopped
+    assert len(texts(tmp_path)) == 10  # five suggestions, five observations
+    assert search(films, tmp_path, [*more, "search.trials=5"], "ray").trained == 0

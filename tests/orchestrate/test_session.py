@@ -1,0 +1,82 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray.exceptions
+
+from raystudy.config import Resources
+from raystudy.errors import StudyError
+from raystudy.orchestrate import sweep
+from raystudy.orchestrate.cluster import placement_of
+from raystudy.orchestrate.session import Session, check_address, has_token
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:9", "nobody answers"),
+        ("http://127.0.0.1:8265", "dashboard"),
+        ("ray://127.0.0.1:10001", "Ray Client is not supported"),
+        ("localhost", "is no address"),
+        ("localhost:99999", "is no address"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_refused_with_its_remedy(address: str, message: str) -> None:
+    with pytest.raises(StudyError, match=message) as refusal:
+        check_address(address)
+    assert refusal.value.remedy
+
+
+def test_a_token_is_found_where_ray_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert not has_token()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    assert has_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "nowhere"))
+    assert not has_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert has_token()
+
+
+def test_run_names_an_address_where_nobody_is_and_ends_with_2(tmp_path: Path) -> None:
+    from tests.orchestrate import tiny
+
+    file = tiny.experiment_file(tmp_path, tmp_path / "studies")
+    command = [sys.executable, "-m", "raystudy.cli", "run", str(file), "--address", "127.0.0.1:9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "nobody answers" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "studies" / "tiny" / "lock.json").exists()
+
+
+def test_memory_that_ran_out_is_waited_for_longer_each_time_and_a_broken_rule_is_final() -> None:
+    placement = sweep.Placement(pause=1, oom_pause=10)
+    memory = ray.exceptions.OutOfMemoryError("the node")
+    pauses = [sweep.pause_before_retry(memory, attempt, placement) for attempt in (1, 2, 3, 9)]
+    assert 10 <= pauses[0] < 20 <= pauses[1] < 40 <= pauses[2] < 80
+    assert pauses[3] == sweep.LONGEST_PAUSE
+    assert sweep.pause_before_retry(ray.exceptions.WorkerCrashedError(), 3, placement) == 1
+    broken = ray.exceptions.RayTaskError("f", "traceback", ValueError("rule"))
+    assert sweep.is_final(broken)
+    assert not sweep.is_final(memory)
+
+
+def test_cpus_are_left_for_explanations_where_the_cluster_has_no_slots_for_them() -> None:
+    plain = Session(False, cpus=8, gpus=0, explain_slots=0, dashboard=None)
+    slots = Session(False, cpus=8, gpus=0, explain_slots=2, dashboard=None)
+    assert placement_of(Resources(cpus=2), plain).max_concurrent == 3
+    assert placement_of(Resources(cpus=2), slots).max_concurrent is None
+    assert placement_of(Resources(cpus=2, max_concurrent=1), plain).max_concurrent == 1
+    assert placement_of(Resources(gpus=0.25), plain).max_concurrent is None
+
+
+def test_a_trial_that_no_machine_here_can_hold_is_refused() -> None:
+    with pytest.raises(StudyError, match="asks for 4 cpus, this machine has 2"):
+        sweep.check_placement(sweep.Placement(cpus=4), cpus=2, gpus=0)
+    with pytest.raises(StudyError, match=r"resources\.gpus"):
+        sweep.check_placement(sweep.Placement(gpus=0.25), cpus=2, gpus=0)

@@ -1,0 +1,73 @@
+"""Things a trial slot can do instead of training: they finish at once, sleep, or fail as they are told."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ray.cloudpickle
+
+from raystudy.images.array import ImageArray
+from raystudy.orchestrate.worker import Assignment, Status
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not see the tests
+
+
+def null(assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
+    assignment.directory.write_json("result.json", {"status": "finished", "tests": {}})
+    return "finished"
+
+
+def note(assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
+    """Sleep, and note when: overlapping times are trials that ran together."""
+    start = time.time()
+    time.sleep(0.6)
+    line = {"start": start, "end": time.time(), "writeable": bool(images.pixels.flags.writeable)}
+    assignment.directory.write_json("times.json", line)
+    return null(assignment, images, should_stop)
+
+
+def until_stopped(assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
+    assignment.directory.append_event("events", {"time": time.time(), "event": "started", "epoch": 0, "epochs": 9})
+    while not should_stop():
+        time.sleep(0.05)
+    return "interrupted"
+
+
+def fail_by_file(assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
+    """Fail as often as the trial's file `fail` says, with the error that it names."""
+    folder = Path(assignment.directory.uri)
+    try:
+        kind, left = (folder / "fail").read_text().split()
+    except FileNotFoundError:
+        return null(assignment, images, should_stop)
+    if int(left) > 0:
+        (folder / "fail").write_text(f"{kind} {int(left) - 1}")
+        if kind == "crash":
+            import os
+
+            os._exit(1)
+        raise {"memory": MemoryError, "value": ValueError, "other": OSError}[kind]("told to fail")
+    return null(assignment, images, should_stop)
+
+
+def learn(assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
+    """Pretend to learn: the validation accuracy is best at a learning rate of 0.001 and grows with the epoch."""
+    directory = assignment.directory
+    spec = directory.read_json("spec.json")
+    best = 100 - 20 * abs(math.log10(spec["training"]["lr_backbone"]) + 3)
+    for epoch in range(1, spec["training"]["epochs"] + 1):
+        if should_stop():
+            return "interrupted"
+        reached = best * epoch / spec["training"]["epochs"]
+        directory.append_event(
+            "events",
+            {"time": time.time(), "event": "epoch", "epoch": epoch, "epochs": 9, "val_accuracy": reached},
+        )
+        time.sleep(0.8 if assignment.watched else 0)
+    result = {"status": "finished", "tests": {}, "selected": {"val_accuracy": best}}
+    directory.write_json("result.json", result)
+    return "finished"
