@@ -391,3 +391,17 @@ sys.meta_path.insert(0, Absent())
 import raystudy.trial
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_trial_in_a_bucket_resumes_to_the_bytes_of_a_local_one(frozen: Storage, s3_bucket: str) -> None:
+    bucket = open_storage(s3_bucket).child("trial")
+    for polls in (14, 9):
+        with pytest.raises(TrialInterrupted):
+            run_trial(spec(), *data(), bucket, should_stop=after(polls))
+    newest = max(n for n in bucket.list("checkpoint") if n.endswith(".safetensors"))
+    bucket.write_bytes(newest, bucket.read_bytes(newest)[:-1])
+    run_trial(spec(), *data(), bucket)
+    assert {name: bucket.read_bytes(name) for name in FILES} == contents(frozen)
+    assert [n for n in bucket.list() if not n.startswith("events/")] == sorted(["spec.json", *FILES])
+    told = [e["event"] for e in bucket.read_events("events")]
+    assert (told[0], told.count("resumed"), told.count("checkpoint_damaged")) == ("started", 2, 1)

@@ -23,6 +23,5 @@ def normalise(pixels: Tensor) -> Tensor:
     grey = pixels.to(torch.float32)
     if not pixels.is_floating_point():
         grey = grey / 255
-    mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=pixels.device).view(1, 3, 1, 1)
-    return (grey.unsqueeze(1) - mean) / std  # N, 3, H, W
+    # Plain numbers: a tensor of constants would make a GPU's queue wait for its copy in every step.
+    return torch.stack([(grey - mean) / std for mean, std in zip(MEAN, STD, strict=True)], dim=1)  # N, 3, H, W
