@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # a repeated "create run" would make two; the mirror looks first
 
 import alembic.util
@@ -52,6 +53,7 @@ OLDEST, FIRST_UNKNOWN = (3, 1), (4, 0)  # versions of MLflow whose interface thi
 EVENTS_A_BATCH = 1000 // MOST_NUMBERS  # MLflow takes 1,000 metrics a request
 PARAMS_A_BATCH = 100
 STUDY, TRIAL, STARTED = "raystudy.study", "raystudy.trial_id", "raystudy.started"  # tags that name a run
+PARENT = "mlflow.parentRunId"
 PRIVATE = ("report/figures/films", "report/index.html")  # of the report: what shows films
 
 T = TypeVar("T")
@@ -126,7 +128,12 @@ def _cursor_path(settings: Tracking) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    """Return what went wrong in few words, without the client's wrapping."""
+    text = str(error).strip()
+    for reason in ("Connection refused", "timed out", "Name or service not known", "Connection aborted"):
+        if reason in text:
+            return reason.lower()
+    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 class Line:
@@ -161,6 +168,7 @@ class Store:
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             self.sent = study.storage.read_json(_cursor_path(settings))
         self.runs: dict[tuple[str, str], str] = {}
+        self.parents: dict[str, str | None] = {}  # of the runs that were found
         self._find_runs()
 
     def _experiment(self, name: str) -> str:
@@ -185,6 +193,7 @@ class Store:
                 self.ask(self.client.delete_run, run.info.run_id)
             else:
                 self.runs[name] = run.info.run_id
+                self.parents[run.info.run_id] = run.data.tags.get(PARENT)
         self.live = set(self.runs.values())
 
     def _list_runs(self) -> Iterator[Any]:
@@ -205,7 +214,7 @@ class Store:
         if name not in self.runs:  # after a failure the store is looked at anew, so a timed out creation was found
             tags = {STUDY: self.study.name, TRIAL: name[0], STARTED: name[1]}
             if trial_id:
-                tags["mlflow.parentRunId"] = self.run("")
+                tags[PARENT] = self.run("")
             made = self.ask(
                 self.client.create_run, self.experiment_id, started, tags, run_name=trial_id or self.study.name
             )
@@ -251,7 +260,7 @@ class Store:
             sent["params"] = True
         self._send_events(run, directory, names, sent)
         if "result.json" in names and not sent.get("result"):
-            self._send_result(run, directory)
+            self._send_result(run, directory, sent["ended"])
             sent["result"] = True
         if done in names and explained != sent.get("faithfulness"):
             self._send_faithfulness(run, directory, f"explain/{explained}")
@@ -277,6 +286,8 @@ class Store:
         if events:
             sent["last"] = [event_time(events[-1]), events[-1]["event"]]
         when, last = sent.get("last", [0, ""])
+        if "result.json" in names:
+            when = sent["ended"] = _written(directory, "result.json")
         self._set_status(run, _run_status(names, last), when, sent)
 
     def _set_status(self, run: str, status: str, when: int, sent: dict[str, Any]) -> None:
@@ -297,13 +308,13 @@ class Store:
         known = self.ask(self.client.get_run, run).data.metrics
         self._send_numbers(run, [Number(k, v, when) for k, v in values.items() if known.get(k) != v])
 
-    def _send_result(self, run: str, directory: Storage) -> None:
+    def _send_result(self, run: str, directory: Storage, ended: int) -> None:
         result = directory.read_json("result.json")
         self.ask(self.client.set_tag, run, "raystudy.status", result["status"])
         if result["status"] != "finished":
-            self.ask(self.client.set_terminated, run, "FAILED")
+            self.ask(self.client.set_terminated, run, "FAILED", ended)
             return
-        self._send_final(run, result_numbers(result), _written(directory, "result.json"))
+        self._send_final(run, result_numbers(result), ended)
         for name in ("model.safetensors", "spec.json"):
             self._send_artifact(run, name, directory.read_bytes(name))
 
@@ -319,15 +330,20 @@ class Store:
         sent = self.sent.get("", {})
         if sent.get("run") != run:
             sent = self.sent[""] = {"run": run, "files": {}}
-        for path in ["experiment.yaml", *self.study.storage.list("report")]:
+        for child, parent in self.parents.items():
+            if run not in (child, parent):  # it had a parent that is gone
+                self.ask(self.client.set_tag, child, PARENT, run)
+        storage = self.study.storage
+        for path in [*(p for p in ("experiment.yaml",) if storage.exists(p)), *storage.list("report")]:
             if path.startswith(PRIVATE) and not self.settings.images:
                 continue
-            data = self.study.storage.read_bytes(path)
+            data = storage.read_bytes(path)
             checksum = hashlib.sha256(data).hexdigest()
             if sent["files"].get(path) != checksum:
                 self._send_artifact(run, path, data)
                 sent["files"][path] = checksum
-        self._set_status(run, status, 0, sent)
+        ended = max((int(s.get("ended", 0)) for s in self.sent.values()), default=0)
+        self._set_status(run, status, ended, sent)
 
     def _send_artifact(self, run: str, path: str, data: bytes) -> None:
         folder, _, name = path.rpartition("/")

@@ -1,0 +1,228 @@
+"""The MLflow mirror on real stores: SQLite, and a server with PostgreSQL and S3."""
+
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+import raystudy.mirror
+from raystudy.config import Tracking
+from raystudy.errors import StudyError
+from raystudy.mirror import Mirror
+from raystudy.storage import open_storage
+from raystudy.study import Study
+from raystudy.tracking import check_server, sync_study
+from raystudy.tracking_values import event_numbers
+from tests.canary import files_with
+from tests.mlflow_server import MLflowServer
+from tests.mlflow_view import artifacts, assert_mirrored_once, cursor, expected_numbers, numbers, replay, runs
+from tests.s3_server import free_port
+from tests.tiny_study import FILM, PATIENT, TinyStudy
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own, of its SQLAlchemy
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new SQLite store whose tables are there (making them takes seconds)."""
+    file = tmp_path_factory.mktemp("store") / "empty.db"
+    MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path, empty_store: Path) -> Tracking:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return Tracking(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+def mirror_all(study: Study, settings: Tracking) -> None:
+    mirror = Mirror(study, settings)
+    mirror.start()
+    assert mirror.close()
+
+
+def test_a_finished_study_has_one_parent_and_a_run_a_trial_with_every_number_once(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study = tiny_study.copy(tmp_path)
+    mirror_all(study, sqlite)
+    assert_mirrored_once(study, sqlite.uri)
+
+
+def test_sending_everything_again_changes_nothing(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
+    study = tiny_study.copy(tmp_path)
+    mirror_all(study, sqlite)
+    before = {r.info.run_id: (r.info.end_time, r.data.to_dictionary()) for r in runs(sqlite.uri, "tiny")}
+    sync_study(study, sqlite)
+    mirror_all(study, sqlite)
+    assert_mirrored_once(study, sqlite.uri)
+    assert {r.info.run_id: (r.info.end_time, r.data.to_dictionary()) for r in runs(sqlite.uri, "tiny")} == before
+
+
+def test_a_new_database_is_filled_although_the_cursor_says_that_all_was_sent(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking, empty_store: Path
+) -> None:
+    study = tiny_study.copy(tmp_path)
+    mirror_all(study, sqlite)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    mirror_all(study, sqlite)
+    assert_mirrored_once(study, sqlite.uri)
+
+
+def test_a_run_that_somebody_deleted_is_made_again(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
+    study = tiny_study.copy(tmp_path)
+    mirror_all(study, sqlite)
+    gone = next(r for r in runs(sqlite.uri, "tiny") if r.data.tags["raystudy.trial_id"])
+    MlflowClient(tracking_uri=sqlite.uri).delete_run(gone.info.run_id)
+    mirror_all(study, sqlite)
+    assert_mirrored_once(study, sqlite.uri)
+
+
+def test_the_numbers_of_a_running_trial_appear_within_fifteen_seconds(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study = Study(open_storage(tmp_path).child("tiny"))
+    steps = replay(tiny_study.study, study)
+    first = next(steps)
+    mirror = Mirror(study, sqlite)
+    mirror.start()
+    deadline = time.monotonic() + 30
+    while not runs(sqlite.uri, "tiny") and time.monotonic() < deadline:  # the mirror is at work
+        time.sleep(0.1)
+    wrote = time.monotonic()
+    second = next(steps)
+    trial_id = second.split()[0]
+    assert (first, second) == (f"{trial_id} started", f"{trial_id} epoch")
+    while (trial_id, "val_accuracy", 1) not in {n[:3] for n in numbers(sqlite.uri, "tiny")}:
+        assert time.monotonic() < wrote + 15
+        time.sleep(0.2)
+    running = next(r for r in runs(sqlite.uri, "tiny") if r.data.tags["raystudy.trial_id"] == trial_id)
+    assert running.info.status == "RUNNING"
+    for _ in steps:
+        pass
+    assert mirror.close()
+    assert_mirrored_once(study, sqlite.uri)
+
+
+def test_a_parameter_that_changed_becomes_a_tag(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
+    study = tiny_study.copy(tmp_path)
+    mirror_all(study, sqlite)
+    trial_id = study.trial_ids()[0]
+    spec = study.trial(trial_id).read_json("spec.json")
+    spec["training"]["threads"] = 2  # no part of a trial's identity
+    study.trial(trial_id).write_json("spec.json", spec)
+    sync_study(study, sqlite)
+    run = next(r for r in runs(sqlite.uri, "tiny") if r.data.tags["raystudy.trial_id"] == trial_id)
+    assert run.data.params["training.threads"] == "1"
+    assert run.data.tags["raystudy.now.training.threads"] == "2"
+
+
+def test_epochs_that_ran_again_after_a_crash_count_once() -> None:
+    def epoch(n: int, time: float, accuracy: float = 50.0) -> dict[str, object]:
+        return {"event": "epoch", "epoch": n, "time": time, "val_accuracy": accuracy}
+
+    events = [epoch(1, 1.0), epoch(2, 2.0), {"event": "resumed", "epoch": 1, "time": 3.0}, epoch(2, 4.0), epoch(3, 5.0)]
+    whole, position = event_numbers(events, [-1, 0, 0])
+    assert [(n.step, n.time) for n in whole] == [(1, 1000), (2, 2000), (3, 5000)]
+    assert event_numbers([epoch(3, 6.0)], position)[0] == []
+
+
+def test_an_interrupted_trial_is_shown_as_killed_and_goes_on_as_running(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study = Study(open_storage(tmp_path).child("tiny"))
+    steps = replay(tiny_study.study, study)
+    trial_id = next(steps).split()[0]
+    for event, status in (("interrupted", "KILLED"), ("resumed", "RUNNING")):
+        study.trial(trial_id).append_event("events", {"time": time.time(), "event": event, "epoch": 0})
+        mirror_all(study, sqlite)
+        (run,) = [r for r in runs(sqlite.uri, "tiny") if r.data.tags["raystudy.trial_id"] == trial_id]
+        assert run.info.status == status
+
+
+def test_no_patient_and_no_film_reaches_the_store(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
+    study = tiny_study.copy(tmp_path / "studies")
+    words = (PATIENT, FILM)
+    known = files_with(tmp_path / "studies", *words)
+    assert any(n.endswith("predictions.parquet") for n in known)  # the search does find them where they are
+    mirror_all(study, sqlite)
+    shutil.rmtree(tmp_path / "studies")
+    assert files_with(tmp_path, *words) == set()
+    names = [p.name for p in tmp_path.rglob("*")]
+    assert "accuracy_pneumonia.png" in names
+    assert not [n for n in names if n.startswith("films") or n.endswith(".html")]
+
+
+def test_films_are_sent_when_that_is_allowed(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
+    study = tiny_study.copy(tmp_path)
+    mirror_all(study, sqlite.model_copy(update={"images": True}))
+    parent = next(r for r in runs(sqlite.uri, "tiny") if not r.data.tags["raystudy.trial_id"])
+    sent = set(artifacts(sqlite.uri, parent.info.run_id))
+    assert "report/index.html" in sent
+    assert any(n.startswith("report/figures/films") for n in sent)
+
+
+def test_a_server_with_postgresql_and_s3_holds_the_same(
+    tiny_study: TinyStudy, tmp_path: Path, mlflow_server: MLflowServer
+) -> None:
+    if not mlflow_server.backend.startswith("postgresql"):
+        pytest.skip("PostgreSQL is not installed")
+    study = tiny_study.copy(tmp_path)
+    settings = Tracking(uri=mlflow_server.uri, experiment="postgres")
+    mirror_all(study, settings)
+    assert_mirrored_once(study, mlflow_server.uri, "postgres")
+    assert open_storage(mlflow_server.artifacts).list()  # on S3 indeed
+    sync_study(study, settings)
+    assert_mirrored_once(study, mlflow_server.uri, "postgres")
+    assert numbers(mlflow_server.backend, "postgres") == expected_numbers(study)  # in PostgreSQL indeed
+
+
+def test_the_end_of_a_study_waits_for_no_dead_server(tiny_study: TinyStudy, tmp_path: Path) -> None:
+    study = tiny_study.copy(tmp_path)
+    mirror = Mirror(study, Tracking(uri=f"http://127.0.0.1:{free_port()}"))
+    began = time.monotonic()
+    mirror.start()
+    assert time.monotonic() - began < 1
+    assert not mirror.close()
+    assert time.monotonic() - began < 20
+
+
+def test_the_end_of_a_study_waits_for_no_silent_server(
+    tiny_study: TinyStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(raystudy.mirror.SILENCE_SECONDS, "http", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        mirror = Mirror(tiny_study.copy(tmp_path), Tracking(uri=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        mirror.start()
+        began = time.monotonic()
+        assert not mirror.close()
+        assert 1 < time.monotonic() - began < 5
+
+
+def test_repair_names_a_server_that_does_not_answer(tiny_study: TinyStudy, tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(StudyError, match="does not answer") as refusal:
+        sync_study(tiny_study.copy(tmp_path), Tracking(uri=uri))
+    assert refusal.value.where == uri
+    assert "--sync" in str(refusal.value.remedy)
+    with pytest.raises(StudyError, match="does not answer"):
+        check_server(uri)
+
+
+def test_the_check_accepts_this_server_and_sqlite(mlflow_server: MLflowServer) -> None:
+    check_server(mlflow_server.uri)
+    check_server("sqlite:///mlflow.db")
+
+
+def test_the_cursor_belongs_to_one_store(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
+    study = tiny_study.copy(tmp_path)
+    mirror_all(study, sqlite)
+    assert set(cursor(study)) == {"", *study.trial_ids()}
+    other = Tracking(uri=f"sqlite:///{tmp_path / 'other.db'}")
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "other.db")
+    mirror_all(study, other)
+    assert len(study.storage.list("tracking")) == 2
