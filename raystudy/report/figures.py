@@ -1,6 +1,6 @@
 """The curves and bars of a report: accuracy (Fig. 2 and 3 of the paper), source reliance, AD/AI (its Table 2).
 
-In: the tables of `raystudy.evaluate.tables`.  Out: matplotlib figures; nothing global of matplotlib is touched.
+In: the tables of `raystudy.evaluate.tables`.  Out: matplotlib figures; pyplot is not used.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -28,7 +29,8 @@ def png(figure: Figure, dpi: int = 144) -> bytes:
 def svg(figure: Figure) -> bytes:
     """Return a figure as SVG bytes without a date."""
     sink = io.BytesIO()
-    figure.savefig(sink, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    with rc_context({"svg.hashsalt": "raystudy"}):  # ids of clip paths; random otherwise
+        figure.savefig(sink, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     return sink.getvalue()
 
 
@@ -73,7 +75,7 @@ def accuracy_curves(
         fontsize=8,
         color="#5b6470",
     )
-    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    _legend_above(axes)
     _tidy(axes)
     return figure
 
@@ -94,7 +96,7 @@ def reliance_curves(reliance: pd.DataFrame, sources: Sequence[str], title: str) 
     axes.axhline(0, color=INK, lw=0.8, alpha=0.6)
     axes.set(xlim=(-2, 102), ylim=(-1.06, 1.06), xlabel=f"share of positives from {sources[0]}, %")
     axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    _legend_above(axes)
     _tidy(axes)
     return figure
 
@@ -118,9 +120,15 @@ def faithfulness_bars(table: pd.DataFrame, title: str) -> Figure:
         axes.set_ylim(bottom=0)
         _tidy(axes)
         if place == 0:
-            axes.legend(frameon=False, fontsize=8)
+            handles = axes.get_legend_handles_labels()
+            figure.legend(*handles, frameon=False, fontsize=8, loc="outside upper right", ncols=3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
+
+
+def _legend_above(axes: Axes) -> None:
+    """Put the legend on the title's line, where no curve can run through it."""
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=3, borderaxespad=0.2)
 
 
 def _tidy(axes: Axes) -> None:

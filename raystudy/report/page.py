@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from raystudy.errors import StudyError
 from raystudy.evaluate.intervals import Interval
 from raystudy.evaluate.reliance import Verdict
 from raystudy.report import figures, panels
@@ -45,6 +46,7 @@ class _Section:
     tiles: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
     figures: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
     tables: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    note: str = ""
 
 
 def write_report(study: Study) -> Written:
@@ -169,7 +171,13 @@ def _add_panels(
     strong = min(explained, key=lambda e: abs(int(e.trial.spec["h1_share"]) - 90))
     rows = {id(e): _strongest(e) for e in [*spread, strong]}
     wanted = list(dict.fromkeys(i for e in [*spread, strong] for i in e.image_ids))
-    films = data.study.films(wanted, int(strong.trial.spec["image_size"]))
+    try:
+        films = data.study.films(wanted, int(strong.trial.spec["image_size"]))
+    except (StudyError, FileNotFoundError):
+        section.note = (
+            "The films are not beside this study any more, so no panel shows any: `raystudy prepare EXPERIMENT`."
+        )
+        return
     for label in (0, 1):
         panel = panels.top_images_panel(strong, films, rows[id(strong)][label], names[label])
         caption = f"The training films that the commonest prototype of “{names[label]}” fires at most, and its PRP maps there."

@@ -1,0 +1,216 @@
+"""The report from a finished study directory: three tables, figures, and one page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from raystudy.errors import StudyError
+from raystudy.report.page import Written, write_report
+from raystudy.study import Study
+from tests.tiny_study import TinyStudy
+
+KEYS = ["study", "trial_id", "task", "h1_share", "seed", "cohort_seed"]
+TEST_SETS = {"Test-100H1", "Test-100H2", "Test-50-50"}
+
+
+Reported = tuple[Study, Written]
+
+
+@pytest.fixture(scope="module")
+def reported(tiny_study: TinyStudy, tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """A finished study of mixtures 0, 50 and 100 with its report, to be read only."""
+    study = copied(tiny_study, tmp_path_factory.mktemp("reported"))
+    return study, write_report(study)
+
+
+@pytest.fixture
+def study(tiny_study: TinyStudy, tmp_path: Path) -> Study:
+    """The same study without a report and without films, to be changed at will."""
+    study = tiny_study.copy(tmp_path)
+    study.storage.delete_tree("report")
+    return study
+
+
+def copied(tiny_study: TinyStudy, root: Path) -> Study:
+    shutil.copytree(Path(tiny_study.study.storage.uri).parent / "_images", root / "_images")
+    return tiny_study.copy(root)
+
+
+def table(study: Study, name: str) -> pd.DataFrame:
+    return pd.read_csv(io.BytesIO(study.storage.read_bytes(f"report/tables/{name}.csv")))
+
+
+def page(study: Study) -> str:
+    return study.storage.read_bytes("report/index.html").decode()
+
+
+class Tags(HTMLParser):
+    """Collects the tags of a page with their attributes, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_tables_have_the_columns_that_others_rely_on(reported: Reported):
+    study, _ = reported
+    numbers = ["accuracy", "accuracy_low", "accuracy_high", "auroc", "auroc_low", "auroc_high"]
+    assert list(table(study, "accuracy").columns) == [*KEYS, "test_set", "n", "correct", *numbers]
+    drop_and_increase = [f"{n}{e}" for n in ("average_drop", "average_increase") for e in ("", "_low", "_high")]
+    wanted = [*KEYS, "test_set", "method", "n_images", "n_pairs", *drop_and_increase]
+    assert list(table(study, "faithfulness").columns)[: len(wanted)] == wanted
+    wanted = [f"{n}{e}" for n in ("source_reliance", "skill") for e in ("", "_low", "_high")]
+    assert list(table(study, "reliance").columns)[-7:] == ["seeds", *wanted]
+    assert {"study", "task", "h1_share", "cohort_seed"} <= set(table(study, "reliance").columns)
+
+
+def test_accuracy_is_what_the_predictions_say_and_lies_in_its_interval(reported: Reported):
+    study, _ = reported
+    rows = table(study, "accuracy")
+    assert len(rows) == 9  # three mixtures, three test sets
+    for _, row in rows.iterrows():
+        predictions = study.trial(row["trial_id"]).read_table("predictions.parquet").to_pandas()
+        mine = predictions[predictions["test_set"] == row["test_set"]]
+        assert row["n"] == len(mine)
+        assert row["correct"] == (mine["predicted"] == mine["label"]).sum()
+        assert row["accuracy"] == pytest.approx(100 * row["correct"] / row["n"])
+        assert 0 <= row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] <= 100
+
+
+def test_reliance_is_half_the_story_of_the_accuracies(reported: Reported):
+    study, _ = reported
+    accuracy = table(study, "accuracy").pivot_table(index="h1_share", columns="test_set", values="accuracy")
+    rows = table(study, "reliance").set_index("h1_share")
+    one, two = accuracy["Test-100H1"], accuracy["Test-100H2"]
+    assert rows["source_reliance"].to_list() == pytest.approx(((one - two) / 100).to_list())
+    assert rows["skill"].to_list() == pytest.approx(((one + two) / 100 - 1).to_list())
+
+
+def test_drop_and_increase_are_reported_for_every_method_on_the_mixtures_own_test_set(reported: Reported):
+    study, _ = reported
+    rows = table(study, "faithfulness")
+    assert set(rows["method"]) == {"protopnet", "prp", "random"}
+    by_share = rows.groupby("h1_share")["test_set"].unique().map(list).to_dict()
+    assert by_share == {0: ["Test-100H2"], 50: ["Test-50-50"], 100: ["Test-100H1"]}
+    assert (rows["n_images"] > 0).all()
+    assert (rows["n_pairs"] >= rows["n_images"]).all()
+
+
+def test_the_page_opens_with_the_answer_its_numbers_and_interval(reported: Reported):
+    study, written = reported
+    text = " ".join(Tags(page(study)).text.split())
+    assert len(written.sentences) == 1
+    assert written.sentences[0] in text
+    assert text.index(written.sentences[0]) < text.index("How to read this page")
+    assert "95 % interval" in text
+    assert "conditional on this training run" in text  # one seed
+    assert "n = 12" in text or "n = 12 films" in text
+    assert written.page in written.text()
+
+
+def test_the_page_needs_no_other_file_no_network_and_no_script(reported: Reported):
+    study, _ = reported
+    html = page(study)
+    tags = Tags(html).tags
+    pictures = [attributes["src"] for tag, attributes in tags if tag == "img"]
+    assert len(pictures) == 7  # accuracy, reliance, faithfulness, class maps, two top-image panels, prototypes
+    for source in pictures:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            assert min(picture.size) > 200
+            assert any(low != high for low, high in picture.convert("RGB").getextrema())
+    assert all(attributes.get("alt") for tag, attributes in tags if tag == "img")
+    assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe", "object")]
+    assert not re.search(r"""(?:href|src|url)\s*[=(]\s*["']?(?:https?:)?//""", html)
+
+
+def test_figures_are_there_as_png_and_as_well_formed_svg(reported: Reported):
+    study, written = reported
+    names = {f.removeprefix("report/figures/") for f in written.files if "/figures/" in f}
+    assert {Path(n).stem for n in names if n.endswith(".svg")} == {Path(n).stem for n in names if n.endswith(".png")}
+    for name in names:
+        data = study.storage.read_bytes(f"report/figures/{name}")
+        if name.endswith(".svg"):
+            assert ElementTree.fromstring(data).tag.endswith("svg")
+        else:
+            Image.open(io.BytesIO(data)).verify()
+    assert set(written.files) <= set(study.storage.list())
+
+
+def test_the_same_study_gives_the_same_bytes(reported: Reported):
+    study, written = reported
+    names = written.files
+    before = {name: study.storage.read_bytes(name) for name in names}
+    assert write_report(study).files == names
+    assert {name: study.storage.read_bytes(name) for name in names} == before
+
+
+def test_a_study_without_explanations_is_reported_without_panels(study: Study):
+    for trial_id in study.trial_ids():
+        study.trial(trial_id).delete_tree("explain")
+    written = write_report(study)
+    assert not [name for name in written.files if "films_" in name or "faithfulness" in name]
+    assert len([1 for tag, _ in Tags(page(study)).tags if tag == "img"]) == 2
+
+
+def test_a_study_whose_films_are_gone_keeps_its_numbers_and_class_maps(study: Study):
+    written = write_report(study)  # the copy has no image store beside it
+    panels = {Path(name).stem for name in written.files if "films_" in name}
+    assert panels == {"films_class_maps_pneumonia"}
+    assert "raystudy prepare" in Tags(page(study)).text
+
+
+def test_a_trial_without_a_result_is_named_and_left_out_of_the_numbers(study: Study):
+    lost = study.trial_ids()[1]
+    study.trial(lost).delete("result.json")
+    write_report(study)
+    assert lost not in set(table(study, "accuracy")["trial_id"])
+    text = Tags(page(study)).text
+    assert "2 of 3 trials finished" in " ".join(text.split())
+    assert lost in text
+
+
+def test_a_study_without_any_result_is_refused_with_the_remedy(study: Study):
+    for trial_id in study.trial_ids():
+        study.trial(trial_id).delete("result.json")
+    with pytest.raises(StudyError, match="nothing to report") as refusal:
+        write_report(study)
+    assert "raystudy run" in str(refusal.value)
+
+
+def test_notes_of_the_experiment_are_printed_and_cannot_inject_markup(study: Study):
+    tree = yaml.safe_load(study.storage.read_bytes("experiment.yaml"))
+    tree["notes"] = ["Children & adults <script>alert(1)</script>"]
+    study.storage.write_bytes("experiment.yaml", yaml.safe_dump(tree).encode())
+    write_report(study)
+    assert "Children & adults <script>alert(1)</script>" in Tags(page(study)).text
+    assert "<script" not in page(study)
+
+
+def test_every_number_of_the_page_has_its_n(reported: Reported):
+    study, _ = reported
+    by_mixture = table(study, "accuracy_by_mixture")
+    assert (by_mixture["n"] > 0).all()
+    assert set(by_mixture["test_set"]) == TEST_SETS
+    assert (by_mixture["seeds"] == 1).all()
+    assert (by_mixture["interval"] == "conditional on this training run").all()
