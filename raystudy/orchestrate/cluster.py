@@ -15,8 +15,9 @@ from raystudy.orchestrate.plan import PlannedTrial
 from raystudy.orchestrate.search import Halving, value_of
 from raystudy.orchestrate.search_tune import BookSearcher, HalvingScheduler
 from raystudy.orchestrate.session import Session
+from raystudy.orchestrate.slot import Placement, check_placement
 from raystudy.orchestrate.state import Run
-from raystudy.orchestrate.sweep import Placement, Queued, Sweep, TrialNews, check_placement
+from raystudy.orchestrate.sweep import Queued, Sweep, TrialNews
 from raystudy.orchestrate.watch import Watch
 
 LOOP_SECONDS = 0.1

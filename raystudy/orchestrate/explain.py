@@ -20,7 +20,7 @@ from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.orchestrate.ledger import FAILED, TrialRows
 from raystudy.orchestrate.session import EXPLAIN
-from raystudy.orchestrate.sweep import is_final
+from raystudy.orchestrate.slot import is_final
 from raystudy.orchestrate.worker import Assignment, Device, Status, explain, stop_watch, words
 from raystudy.study import Study
 

@@ -7,7 +7,7 @@ import ray.exceptions
 
 from raystudy.config import Resources
 from raystudy.errors import StudyError
-from raystudy.orchestrate import sweep
+from raystudy.orchestrate import slot
 from raystudy.orchestrate.cluster import placement_of
 from raystudy.orchestrate.session import Session, check_address, has_token
 
@@ -55,15 +55,15 @@ def test_run_names_an_address_where_nobody_is_and_ends_with_2(tmp_path: Path) ->
 
 
 def test_memory_that_ran_out_is_waited_for_longer_each_time_and_a_broken_rule_is_final() -> None:
-    placement = sweep.Placement(pause=1, oom_pause=10)
+    placement = slot.Placement(pause=1, oom_pause=10)
     memory = ray.exceptions.OutOfMemoryError("the node")
-    pauses = [sweep.pause_before_retry(memory, attempt, placement) for attempt in (1, 2, 3, 9)]
+    pauses = [slot.pause_before_retry(memory, attempt, placement) for attempt in (1, 2, 3, 9)]
     assert 10 <= pauses[0] < 20 <= pauses[1] < 40 <= pauses[2] < 80
-    assert pauses[3] == sweep.LONGEST_PAUSE
-    assert sweep.pause_before_retry(ray.exceptions.WorkerCrashedError(), 3, placement) == 1
+    assert pauses[3] == slot.LONGEST_PAUSE
+    assert slot.pause_before_retry(ray.exceptions.WorkerCrashedError(), 3, placement) == 1
     broken = ray.exceptions.RayTaskError("f", "traceback", ValueError("rule"))
-    assert sweep.is_final(broken)
-    assert not sweep.is_final(memory)
+    assert slot.is_final(broken)
+    assert not slot.is_final(memory)
 
 
 def test_cpus_are_left_for_explanations_where_the_cluster_has_no_slots_for_them() -> None:
@@ -77,6 +77,6 @@ def test_cpus_are_left_for_explanations_where_the_cluster_has_no_slots_for_them(
 
 def test_a_trial_that_no_machine_here_can_hold_is_refused() -> None:
     with pytest.raises(StudyError, match="asks for 4 cpus, this machine has 2"):
-        sweep.check_placement(sweep.Placement(cpus=4), cpus=2, gpus=0)
+        slot.check_placement(slot.Placement(cpus=4), cpus=2, gpus=0)
     with pytest.raises(StudyError, match=r"resources\.gpus"):
-        sweep.check_placement(sweep.Placement(gpus=0.25), cpus=2, gpus=0)
+        slot.check_placement(slot.Placement(gpus=0.25), cpus=2, gpus=0)
