@@ -1,0 +1,293 @@
+"""What an experiment file may say, and how it is refused: file and line, key, what is wrong, what would be right."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from raystudy.config import Experiment, load_experiment
+from raystudy.errors import StudyError
+
+BASE = """\
+name: check
+sources:
+  H1: {kind: phantom}
+  H2: {kind: phantom}
+tasks:
+  pneumonia: {positive: pneumonia}
+"""
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+
+
+def load(folder: Path, text: str, *overrides: str) -> Experiment:
+    file = folder / "check.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_experiment(file, list(overrides))
+
+
+def outcome(folder: Path, text: str, *overrides: str) -> str:
+    """Return the refusal, or nothing where the file is accepted."""
+    try:
+        load(folder, text, *overrides)
+    except StudyError as error:
+        return str(error)
+    return ""
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(StudyError) as caught:
+        load(folder, text, *overrides)
+    message = str(caught.value)
+    assert "check.yaml" in message or message.startswith("--set")
+    assert "Traceback" not in message
+    assert "validation error" not in message  # pydantic's own words stay inside
+    return message
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda f: f.stem)
+def test_every_experiment_of_the_repository_loads(file: Path) -> None:
+    assert load_experiment(file).name
+
+
+def test_defaults_are_the_papers(tmp_path: Path) -> None:
+    study = load(tmp_path, BASE)
+    assert study.mixtures == tuple(range(0, 101, 10))
+    assert (study.model.backbone, study.model.prototypes_per_class, study.images.size) == ("resnet34", 10, 224)
+    assert (study.training.epochs, study.training.batch_size, study.training.lr_backbone) == (50, 80, 1e-4)
+
+
+# text to append, line of the fault, key path, what is said, remedy
+REFUSALS = {
+    "an unknown key": ("mixtres: [0]\n", 7, "mixtres", "unknown key", "did you mean `mixtures`?"),
+    "an unknown key of a section": (
+        "training:\n  warm_epochs: 2\n  epoch: 3\n", 9, "training.epoch", "unknown key", "did you mean `epochs`?",
+    ),
+    "a key far from any other": ("model: {zzz: 1}\n", 7, "model.zzz", "unknown key", "known keys are backbone"),
+    "text where a number belongs": (
+        "training:\n  epochs: many\n", 8, "training.epochs", "valid integer", 'got "many"',
+    ),
+    "a number where text belongs": ("storage: 3\n", 7, "storage", "valid string", "got 3"),
+    "a list where a section belongs": ("training: [1]\n", 7, "training", "", ""),
+    "a share above 100": ("mixtures: [0, 101]\n", 7, "mixtures.1", "less than or equal to 100", "got 101"),
+    "a share below 0": ("mixtures:\n  - 0\n  - -10\n", 9, "mixtures.1", "greater than or equal to 0", "got -10"),
+    "a share that is no integer": ("mixtures: [0.5]\n", 7, "mixtures.0", "integer", "got 0.5"),
+    "no share at all": ("mixtures: []\n", 7, "mixtures", "at least one value", ""),
+    "a share twice": ("mixtures: [0, 0]\n", 7, "mixtures", "must not repeat", ""),
+    "a word that is no choice": (
+        "model: {backbone: vgg19}\n", 7, "model.backbone", "'resnet18', 'resnet34' or 'resnet50'", 'got "vgg19"',
+    ),
+    "a value out of its range": ("images: {size: 8}\n", 7, "images", "size must lie in 32..2048", ""),
+    "an impossible schedule": (
+        "training:\n  epochs: 4\n  warm_epochs: 9\n", 7, "training", "warm_epochs must lie in 0..epochs", "",
+    ),
+    "a key twice": ("name: other\n", 7, "name", "stands twice", "mend"),
+    "an axis that is no setting": ("axes: {model.backbon: [resnet18]}\n", 7, "axes", "no setting", "model.backbone"),
+    "an axis of another section": ("axes: {storage: [a]}\n", 7, "axes", "must begin with one of", "model.backbone"),
+    "an axis without values": ("axes: {model.backbone: []}\n", 7, "axes", "at least one value", ""),
+    "an axis with a wrong value": (
+        "axes:\n  model.backbone: [resnet18, vgg]\n", 8, "axes.model.backbone", "resnet50", '"vgg"',
+    ),
+    "an axis that is searched too": (
+        "axes: {training.epochs: [20]}\nsearch: {trials: 2, space: {training.epochs: {choice: [20]}}}\n",
+        None, "training.epochs", "both an axis and searched", "keep one",
+    ),
+    "a search range upside down": (
+        "search: {trials: 2, space: {training.weight_decay: {uniform: [1.0, 0.5]}}}\n",
+        7, "search.space.training.weight_decay", "lower bound", "",
+    ),
+    "a logarithmic range from zero": (
+        "search: {trials: 2, space: {training.weight_decay: {loguniform: [0.0, 0.5]}}}\n",
+        7, "search.space.training.weight_decay", "positive bounds", "",
+    ),
+    "a range of two kinds": (
+        "search: {trials: 2, space: {training.weight_decay: {uniform: [0.0, 0.5], choice: [1]}}}\n",
+        7, "search.space.training.weight_decay", "exactly one of", "",
+    ),
+    "a search over nothing": ("search: {trials: 2, space: {}}\n", 7, "search.space", "at least 1", ""),
+    "a date where a name belongs": ("notes: 2024-01-01\n", 7, "notes", "", ""),
+    "broken YAML": ("model: {backbone: resnet18\n", 8, "", "not valid YAML", "mend"),
+    "a tab": ("model:\n\tbackbone: resnet18\n", 8, "", "not valid YAML", "mend"),
+    "a Python object": ("notes: !!python/object/apply:os.system [ls]\n", 7, "", "not valid YAML", ""),
+    "an unknown alias": ("notes: *nowhere\n", 7, "", "not valid YAML", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_bad_file_is_refused_with_line_key_and_remedy(name: str, tmp_path: Path) -> None:
+    more, line, key, what, remedy = REFUSALS[name]
+    message = refusal(tmp_path, BASE + more)
+    assert line is None or f"check.yaml:{line}:" in message
+    for part in (key, what, remedy):
+        assert part in message
+
+
+SOURCES = {
+    "an unknown kind": ("H2: {kind: phantm}", "sources.H2", "phantom"),
+    "no kind": ("H2: {}", "sources.H2", "kind"),
+    "a missing key": ("H2: {kind: nih}", "sources.H2.root", "required"),
+    "an unknown key": ("H2: {kind: nih, root: a, tabel: b}", "sources.H2.tabel", "did you mean `table`?"),
+    "an unknown key below": (
+        "H2: {kind: manifest, root: a, table: b, columns: {image: a, patient: b, findngs: c}}",
+        "columns.findngs",
+        "did you mean `findings`?",
+    ),
+    "a third source": ("H2: {kind: phantom}\n  H3: {kind: phantom}", "sources", "2"),
+    "an odd name": ("'H 2': {kind: phantom}", "sources", "letters, digits"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_bad_source_is_refused_by_its_key(name: str, tmp_path: Path) -> None:
+    entry, key, remedy = SOURCES[name]
+    message = refusal(tmp_path, BASE.replace("H2: {kind: phantom}", entry))
+    assert "check.yaml:" in message
+    assert key in message
+    assert remedy in message
+
+
+def test_negatives_of_a_source_that_does_not_exist_are_refused(tmp_path: Path) -> None:
+    message = refusal(
+        tmp_path, BASE.replace("{positive: pneumonia}", "{positive: pneumonia, negatives: {H3: no_finding}}")
+    )
+    assert "tasks.pneumonia.negatives: no such source 'H3'" in message
+    assert "['H1', 'H2']" in message
+
+
+def test_a_task_of_an_unknown_finding_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, BASE.replace("{positive: pneumonia}", "{positive: pneumnia}"))
+    assert "check.yaml:6" in message
+    assert "pneumonia" in message.split("pneumnia", 1)[1]
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4", "+1e-4"])
+def test_numbers_in_every_spelling_are_numbers(text: str, tmp_path: Path) -> None:
+    assert load(tmp_path, BASE + f"training: {{lr_backbone: {text}}}\n").training.lr_backbone == 1e-4
+
+
+def test_overrides_replace_and_make_sections(tmp_path: Path) -> None:
+    study = load(tmp_path, BASE, "training.epochs=30", "seeds=[0,1]", "model.backbone=resnet18", "storage=s3://b/p")
+    assert (study.training.epochs, study.seeds, study.model.backbone) == (30, (0, 1), "resnet18")
+    assert study.storage == "s3://b/p"
+
+
+OVERRIDES = {
+    "training.epochs=lots": ("--set training.epochs", "integer"),
+    "training.epoch=3": ("training.epoch", "did you mean `epochs`?"),
+    "training.epochs": ("key=value", "--set training.epochs=3"),
+    "=3": ("key=value", "--set"),
+    "name.x=3": ("name", "section"),
+    "mixtures=[0,": ("--set mixtures", "not valid YAML"),
+    "mixtures=[0,101]": ("mixtures", "100"),
+    "training..epochs=3": ("--set", "key"),
+    "seeds.0=3": ("--set seeds.0", "array"),
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_a_bad_override_is_refused_by_its_name(override: str, tmp_path: Path) -> None:
+    message = refusal(tmp_path, BASE, override)
+    for part in OVERRIDES[override]:
+        assert part in message
+
+
+def test_several_faults_are_told_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, BASE + "mixtres: [0]\ntraining: {epochs: many}\n")
+    assert "check.yaml:7: mixtres" in message
+    assert "check.yaml:8: training.epochs" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"- a\n", b"just text", b"\xff\xfe\x00x", b"a: \x00b"])
+def test_a_file_that_is_no_mapping_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "check.yaml"
+    file.write_bytes(content)
+    with pytest.raises(StudyError, match=r"check\.yaml") as caught:
+        load_experiment(file)
+    assert caught.value.remedy
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere.yaml", tmp_path):
+        with pytest.raises(StudyError, match="cannot read") as caught:
+            load_experiment(path)
+        assert "experiments/demo.yaml" in str(caught.value.remedy)
+
+
+HOSTILE = {
+    "an alias bomb": "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{c}: &{c} [{','.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)),
+    "a list in itself": "notes: &a [*a]\n",
+    "a mapping in itself": "model: &a {backbone: *a}\n",
+    "deep nesting": "notes: " + "[" * 5000 + "]" * 5000 + "\n",
+    "a set": "notes: !!set {a, b}\n",
+    "bytes": "notes: !!binary aGVsbG8=\n",
+    "not a number": "training: {weight_decay: .nan}\n",
+    "infinity": "training: {weight_decay: .inf}\n",
+    "a huge integer": "study_seed: 1" + "0" * 5000 + "\n",
+    "a key that is a list": "? [a, b]\n: 1\n",
+    "a key that is a mapping": "? {a: b}\n: 1\n",
+    "a key that is nothing": "~: 1\n",
+    "a merge of no mapping": "model: {<<: 3}\n",
+    "two documents": "---\nname: b\n",
+    "base 60": "study_seed: 1:20:00\n",
+    "a lone surrogate": 'name: "\\ud800"\n',
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.timeout(20)
+def test_hostile_yaml_is_refused_like_any_other(name: str, tmp_path: Path) -> None:
+    text = HOSTILE[name]
+    refusal(tmp_path, text if name == "a lone surrogate" else BASE + text)
+
+
+keys = st.sampled_from([*Experiment.model_fields, "kind", "epochs", "H1", "pneumonia", "<<", "", "1", "null"])
+leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(), st.binary(max_size=3)
+)
+trees = st.recursive(
+    leaves, lambda t: st.lists(t, max_size=3) | st.dictionaries(keys | st.integers(), t, max_size=4), max_leaves=12
+)
+scraps = st.lists(
+    st.sampled_from(
+        [
+            "name: a",
+            "\n",
+            "  ",
+            "- ",
+            ": ",
+            "{",
+            "}",
+            "[",
+            "]",
+            "&a ",
+            "*a",
+            "!!int ",
+            "? ",
+            "|",
+            ">",
+            "'",
+            '"',
+            "#",
+            "~",
+        ]
+        + [f"{k}:" for k in Experiment.model_fields]
+    ),
+    max_size=25,
+).map("".join)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=st.dictionaries(keys, trees, max_size=5), text=scraps, base=st.booleans())
+def test_any_text_is_an_experiment_or_a_refusal(tree: dict[str, object], text: str, base: bool, tmp_path: Path) -> None:
+    for content in (yaml.safe_dump({**(yaml.safe_load(BASE) if base else {}), **tree}), (BASE if base else "") + text):
+        message = outcome(tmp_path, content)
+        assert "check.yaml" in message or not message
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.lists(keys, min_size=1, max_size=3).map(".".join), value=trees.map(yaml.safe_dump) | scraps)
+def test_any_override_is_taken_or_refused(key: str, value: str, tmp_path: Path) -> None:
+    message = outcome(tmp_path, BASE, f"{key}={value}")
+    assert "check.yaml" in message or "--set" in message or not message
