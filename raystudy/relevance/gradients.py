@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from raystudy.relevance import winograd
+
 Size = tuple[int, int]
 InputGradient = Callable[[Tensor, Size], Tensor]  # (M, O, h, w), (H, W) -> (M, I, H, W)
 VECTOR = 16  # float32 values in the widest vector of current CPUs
@@ -20,6 +22,9 @@ VECTOR = 16  # float32 values in the widest vector of current CPUs
 
 def input_gradient(weight: Tensor, stride: int, padding: int) -> InputGradient:
     """Prepare ``c^T(.; weight)`` of a square convolution with ``weight`` (O, I, k, k)."""
+    if stride == 1 and padding == 1 and winograd.pays(weight):
+        convolve = winograd.convolution(weight.flip(2, 3).transpose(0, 1))
+        return lambda outer, _: convolve(outer)
     if stride == 1:
         return _turned(weight, padding)
     if weight.shape[1] * stride**2 <= VECTOR:
