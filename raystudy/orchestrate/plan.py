@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from raystudy.cohorts.build import Cohorts, build_cohorts
+from raystudy.cohorts.phantom import RENDER_VERSION
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
 from raystudy.explanation_settings import ExplainSettings
@@ -131,7 +132,8 @@ def trials_of(arm: Arm) -> list[PlannedTrial]:
     """Return the trials of one combination of axis values, in the plan's order."""
     experiment = arm.experiment
     weights = _weights_identity(experiment.model)
-    sources = {k: v.model_dump(mode="json") for k, v in experiment.sources.items() if v.kind == "phantom"}
+    phantoms = {k: v for k, v in experiment.sources.items() if v.kind == "phantom"}
+    sources = {k: v.model_dump(mode="json") | {"drawing": RENDER_VERSION} for k, v in phantoms.items()}
     made: list[PlannedTrial] = []
     for task, settings in experiment.tasks.items():
         for share, cohort_seed in itertools.product(experiment.mixtures, experiment.cohort_seeds):
