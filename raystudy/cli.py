@@ -97,9 +97,10 @@ def plan(
 @app.command(epilog="Example: `raystudy prepare experiments/demo.yaml`")
 def prepare(experiment: ExperimentFile, overrides: Overrides = None, storage: StorageOption = None) -> None:
     """Decode all images of the study into the image store (resumable; `run` does it too)."""
+    tree = _load(experiment, overrides, storage)  # a bad file is refused before torch and Ray are loaded
     from raystudy.orchestrate import driver
 
-    driver.prepare_only(_load(experiment, overrides, storage))
+    driver.prepare_only(tree)
 
 
 @app.command(
@@ -120,11 +121,11 @@ def run(
     ] = False,
 ) -> None:
     """Run whatever is missing: trials, explanations, the MLflow mirror and the report."""
-    from raystudy.orchestrate import driver
-
     if only not in (None, "failed"):
         raise StudyError(f"--only {only!r} is unknown", remedy="--only failed")
     tree = _load(experiment, overrides, storage, tracking_uri)
+    from raystudy.orchestrate import driver
+
     raise typer.Exit(driver.run(tree, only_failed=only == "failed", address=address, take_over=take_over))
 
 

@@ -1,0 +1,155 @@
+"""The command line as a user meets it: a process, an exit code, one message, and what is left on the disk."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from raystudy.cli import app
+from tests.orchestrate import tiny
+from tests.tiny_study import TinyStudy
+
+RAYSTUDY = str(Path(sys.executable).parent / "raystudy")
+VERBS = ("plan", "prepare", "run", "status", "report", "explain", "submit", "stop", "doctor")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
+
+
+def raystudy(*arguments: object, timeout: int = 240) -> tuple[int, str]:
+    """Run the command; return its exit code and everything it printed."""
+    done = subprocess.run(
+        [RAYSTUDY, *map(str, arguments)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that must be refused; return its one message."""
+    code, output = raystudy(*arguments)
+    assert code == 2, output
+    assert "Traceback" not in output
+    assert output.lower().count("error") >= 1
+    return output
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of the processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment on real films that nobody has run."""
+    root = tmp_path_factory.mktemp("cli")
+    return tiny.experiment_file(root, root / "studies")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_every_verb_shows_an_example(verb: str) -> None:
+    shown = CliRunner().invoke(app, [verb, "--help"])
+    assert shown.exit_code == 0
+    assert re.search(rf"Examples?:\s+raystudy {verb}", re.sub(r"[`\s│]+", " ", shown.output))
+
+
+def test_what_is_no_verb_and_what_lacks_its_argument_is_refused() -> None:
+    assert "No such command 'fly'" in refused("fly")
+    assert "Missing argument" in refused("run")
+
+
+FILES = {
+    "unknown key": ("mixtres: [0]", "mixtres: unknown key", "did you mean `mixtures`?"),
+    "wrong type": ("seeds: many", "seeds: Input should be a valid array", 'got "many"'),
+    "share outside 0..100": ("mixtures: [0, 120]", "mixtures.1: Input should be less than or equal to 100", "120"),
+    "no such source": (
+        "tasks: {pneumonia: {positive: pneumonia, negatives: {H3: no_finding}}}", "no such source 'H3'", "H1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_file_is_refused_with_its_line_and_nothing_is_written(
+    name: str, experiment: Path, tmp_path: Path
+) -> None:
+    line, what, remedy = FILES[name]
+    tree = yaml.safe_load(experiment.read_text()) | {"storage": str(tmp_path / "studies")}
+    tree.pop(line.split(":")[0], None)
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"{line}\n{yaml.safe_dump(tree)}")
+    message = refused("run", file)
+    for part in ("bad.yaml:1", what, remedy):
+        assert part in message
+    assert not (tmp_path / "studies").exists()
+
+
+def test_a_cell_with_too_few_images_is_refused_with_a_table_of_have_and_need(experiment: Path) -> None:
+    message = refused("run", experiment, "--set", "cohort.train=500")
+    assert "500" in message
+    assert "too few" in message
+    assert "cohort.shrink" in message
+    assert not list((experiment.parent / "studies").glob("**/*.*"))
+
+
+def test_a_storage_that_cannot_be_written_is_refused(experiment: Path) -> None:
+    message = refused("run", experiment, "--storage", "/proc/nowhere")
+    assert "/proc/nowhere" in message
+    assert "--storage" in message
+
+
+def test_missing_and_unreadable_films_are_refused_by_name(tmp_path: Path) -> None:
+    file = tiny.experiment_file(tmp_path, tmp_path / "studies")
+    films = sorted((tmp_path / "films").glob("north-*.png"))
+    for film in films[::2]:
+        film.unlink()
+    for film in films[1::2]:
+        film.write_bytes(b"no film at all")
+    message = refused("run", file)
+    assert "north-" in message
+    assert "remedy" in message
+    assert not list((tmp_path / "studies").glob("**/result.json"))
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    file = tiny.experiment_file(tmp_path, tmp_path / "studies", mixtures=[50], explain={"enabled": False})
+    more = ("--set", "training.epochs=400", "--set", "training.projection_interval=400")
+    process = subprocess.Popen(
+        [RAYSTUDY, "run", str(file), *more],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not any('"epoch"' in e.read_text() for e in tmp_path.glob("studies/tiny/trials/*/events")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "same command" in output
+    assert not list(tmp_path.glob("**/result.json"))
+    (trial,) = tmp_path.glob("studies/tiny/trials/*")
+    assert list((trial / "checkpoint").iterdir())
+    assert '"interrupted"' in (trial / "events").read_text()
+
+
+def test_a_run_of_a_finished_study_says_so_within_seconds(tiny_study: TinyStudy, tmp_path: Path) -> None:
+    shutil.copytree(tiny_study.study.storage.uri, tmp_path / "tiny")
+    before = tiny.result_bytes(tmp_path)
+    began = cpu_seconds()
+    code, output = raystudy("run", tiny_study.file, "--storage", tmp_path)
+    assert code == 0, output
+    assert cpu_seconds() - began < 20  # most of it is imports; a busy machine may take longer by the clock
+    assert "all 3 trials are done" in output
+    assert tiny.result_bytes(tmp_path) == before
+    code, output = raystudy("status", tiny_study.file, "--storage", tmp_path, "--json")
+    assert code == 0
+    assert '"finished": 3' in output
