@@ -5,7 +5,6 @@ Nothing is trained and no pixel is read here.  A study that cannot be built is r
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from raystudy.cohorts.build import Cohorts, build_cohorts
+from raystudy.cohorts.build import Cohorts, build_cohorts, read_tables
 from raystudy.cohorts.phantom import RENDER_VERSION
+from raystudy.cohorts.tables import SourceTable
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
 from raystudy.explanation_settings import ExplainSettings
@@ -108,12 +108,16 @@ def plan_study(experiment: Experiment, storage: Storage, unusable: Collection[st
 def _arms(experiment: Experiment, storage: Storage, unusable: Collection[str]) -> list[Arm]:
     arms: list[Arm] = []
     built: dict[str, Cohorts] = {}
+    read: dict[tuple[str, str], tuple[SourceTable, SourceTable]] = {}
     keys = list(experiment.axes)
     for values in itertools.product(*experiment.axes.values()):
         axes = dict(zip(keys, values, strict=True))
         variant = experiment.with_values(axes) if axes else experiment
-        cohort_key = digest([variant.cohort.model_dump(mode="json"), dataclasses.asdict(variant.images)])
+        cohort_key = digest(variant.cohort.model_dump(mode="json"))
         if cohort_key not in built:
+            reading = (variant.cohort.h2_test, variant.cohort.split)  # what else is read of a source's tables
+            if reading not in read:
+                read[reading] = read_tables(variant.sources, variant.cohort, storage)
             built[cohort_key] = build_cohorts(
                 sources=variant.sources,
                 tasks=variant.tasks,
@@ -123,6 +127,7 @@ def _arms(experiment: Experiment, storage: Storage, unusable: Collection[str]) -
                 study_seed=variant.study_seed,
                 storage=storage,
                 unusable=unusable,
+                tables=read[reading],
             )
         arms.append(Arm(axes, variant, built[cohort_key]))
     return arms
