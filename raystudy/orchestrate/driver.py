@@ -14,10 +14,11 @@ from typing import Literal, Protocol
 
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
+from raystudy.orchestrate.assignment import STOPPED, Work, clear_stop
 from raystudy.orchestrate.changes import describe_changes
 from raystudy.orchestrate.cluster import run_on_ray
 from raystudy.orchestrate.films import Films, plan_readable, prepare_films
-from raystudy.orchestrate.ledger import STOPPED, Ledger, clear_stop
+from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.phantoms import write_phantom_originals
 from raystudy.orchestrate.plain import run_plain
@@ -26,7 +27,6 @@ from raystudy.orchestrate.progress import Display, Silent, display
 from raystudy.orchestrate.search import SearchBook, search_experiment
 from raystudy.orchestrate.session import connect
 from raystudy.orchestrate.state import Outcome, Run, Stop, Todo
-from raystudy.orchestrate.worker import Work, train
 from raystudy.storage import Storage, open_storage
 from raystudy.study import Study
 
@@ -107,7 +107,7 @@ def run_study(
     shown: Display | None = None,
     mirror: Mirror | None = None,
     report: Callable[[Study], str] | None = None,
-    work: Work = train,
+    work: Work | None = None,
 ) -> Outcome:
     """Do what a study directory lacks.
 
@@ -117,7 +117,7 @@ def run_study(
     executor : ``ray``, or ``plain``: one trial after the other in this process.  The bytes are the same.
     only_failed : only trials and explanations that are marked as failed.
     mirror, report : plugs; the report's text is shown.
-    work : what a trial does.
+    work : what a trial does; None trains it.
 
     Raises
     ------

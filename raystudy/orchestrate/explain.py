@@ -18,10 +18,10 @@ import ray.exceptions
 from raystudy.explanation import Job, job_directory
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
-from raystudy.orchestrate.ledger import FAILED, TrialRows
+from raystudy.orchestrate.assignment import FAILED, Assignment, Device, Status, TrialRows, stop_watch, words
 from raystudy.orchestrate.session import EXPLAIN
 from raystudy.orchestrate.slot import is_final
-from raystudy.orchestrate.worker import Assignment, Device, Status, explain, stop_watch, words
+from raystudy.orchestrate.worker import explain
 from raystudy.study import Study
 
 

@@ -21,8 +21,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import raystudy
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
+from raystudy.orchestrate.assignment import write_stop
 from raystudy.orchestrate.dashboard import check_dashboard, is_loopback
-from raystudy.orchestrate.ledger import write_stop
 from raystudy.orchestrate.session import NO_SECRETS
 from raystudy.study import Study
 

@@ -8,43 +8,23 @@ read back from these files, so a worker is told nothing but names.
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import cast
 
 import pandas as pd
 import yaml
 
 from raystudy.errors import StudyError
 from raystudy.explanation import JOBS, Job, job_directory
+from raystudy.orchestrate.assignment import FAILED, STOPPED, Rows, TrialRows
 from raystudy.orchestrate.identity import digest
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
 from raystudy.study import FORMAT_VERSION, Study, parquet_bytes
 from raystudy.trial_files import keep_spec
 
-STOP = "stop.json"
-FAILED = "failed.json"
-STOPPED = "stopped.json"  # of a trial: a search ended it early; it is not missing
 WRITERS = 16
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One Parquet file of the study directory and the checksum of its bytes."""
-
-    path: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class TrialRows:
-    """Where a trial's rows lie."""
-
-    cohort: Rows
-    tests: Rows
 
 
 @dataclass
@@ -162,20 +142,6 @@ class Ledger:
                 directory.delete(name)
 
 
-def write_stop(study: Study, by: str) -> None:
-    """Ask the running driver and its trials to end with checkpoints."""
-    study.storage.write_json(STOP, {"by": by, "time": time.time()})
-
-
-def clear_stop(study: Study) -> None:
-    """Forget an earlier wish to stop."""
-    study.storage.delete(STOP)
-
-
-def stop_wished(study: Study) -> bool:
-    return study.storage.exists(STOP)
-
-
 def _name(job: Job, trial: PlannedTrial) -> str:
     return job_directory(job, trial.explain).split("/", 1)[1]
 
@@ -198,20 +164,3 @@ def _rows(path: str, frame: pd.DataFrame, contents: dict[str, bytes], sums: dict
             raise ValueError(f"two different cohorts would be written as {path}")
         sums[id(frame)] = Rows(path, hashlib.sha256(content).hexdigest())
     return sums[id(frame)]
-
-
-def read_rows(study: Study, rows: Rows) -> pd.DataFrame:
-    """Read a row file back.
-
-    Raises
-    ------
-    StudyError : it is not what the driver wrote.
-    """
-    data = study.storage.read_bytes(rows.path)
-    if hashlib.sha256(data).hexdigest() != rows.sha256:
-        raise StudyError(
-            "the cohort file does not match its checksum",
-            where=study.storage.address(rows.path),
-            remedy="run again: it is then written anew",
-        )
-    return cast(pd.DataFrame, pd.read_parquet(io.BytesIO(data)))

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from raystudy.config import Experiment, Search, SearchRange
 from raystudy.errors import StudyError
-from raystudy.orchestrate.ledger import STOPPED
+from raystudy.orchestrate.assignment import STOPPED
 from raystudy.orchestrate.plan import Arm, PlannedTrial, StudyPlan, trials_of
 from raystudy.storage import Storage
 from raystudy.streams import stream, stream_seed

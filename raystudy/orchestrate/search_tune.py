@@ -11,7 +11,8 @@ from typing import Any
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raystudy.orchestrate.ledger import STOPPED, Ledger
+from raystudy.orchestrate.assignment import STOPPED
+from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.plan import PlannedTrial
 from raystudy.orchestrate.search import Halving, SearchBook, cell_of
 from raystudy.orchestrate.sweep import PlanSearcher, Queued, TrialNews, config_of

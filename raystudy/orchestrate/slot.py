@@ -21,8 +21,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raystudy.errors import StudyError
 from raystudy.images.array import ImageArray
-from raystudy.orchestrate.ledger import FAILED, STOPPED
-from raystudy.orchestrate.worker import Assignment, Device, Status, Work, rows_of, stop_watch, words
+from raystudy.orchestrate.assignment import (
+    FAILED,
+    STOPPED,
+    Assignment,
+    Device,
+    Status,
+    Work,
+    rows_of,
+    stop_watch,
+    words,
+)
 from raystudy.storage import Storage
 from raystudy.study import Study
 
@@ -58,12 +67,16 @@ class Shared:
     study: Study
     images: dict[str, Any]  # key -> ObjectRef of an ImageArray
     placement: Placement
-    work: Work
+    work: Work | None  # None: a real trial
 
 
 @ray.remote(max_retries=0)
-def trial_task(work: Work, assignment: Assignment, images: ImageArray) -> Status:
+def trial_task(work: Work | None, assignment: Assignment, images: ImageArray) -> Status:
     """Run one trial in a process of its own."""
+    if work is None:
+        from raystudy.orchestrate.worker import train  # torch: in this process, not in the slot's
+
+        work = train
     also = (assignment.directory, STOPPED) if assignment.watched else None
     return work(assignment, images, stop_watch(assignment.study, mark=also))
 

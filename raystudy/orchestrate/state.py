@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from raystudy.explanation import Job
+from raystudy.orchestrate.assignment import Work, stop_watch, write_stop
 from raystudy.orchestrate.films import Films
-from raystudy.orchestrate.ledger import Ledger, write_stop
+from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.lock import StudyLock
 from raystudy.orchestrate.plan import PlannedTrial
 from raystudy.orchestrate.progress import Display
 from raystudy.orchestrate.search import SearchBook
-from raystudy.orchestrate.worker import Work, stop_watch, train
 from raystudy.study import Study
 
 
@@ -102,7 +102,7 @@ class Run:
     stop: Stop
     outcome: Outcome
     shown: Display
-    work: Work = train
+    work: Work | None = None
     book: SearchBook | None = None
 
     @property
@@ -111,4 +111,4 @@ class Run:
 
     def explains(self, trial: PlannedTrial) -> bool:
         """Whether a trial is explained once it is finished; only real trials can be."""
-        return trial.explain.enabled and self.work is train
+        return trial.explain.enabled and self.work is None

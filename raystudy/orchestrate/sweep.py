@@ -22,9 +22,8 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from raystudy.orchestrate.ledger import FAILED, TrialRows
+from raystudy.orchestrate.assignment import FAILED, TrialRows, Work, words
 from raystudy.orchestrate.slot import Placement, Shared, TrialSlot
-from raystudy.orchestrate.worker import Work, train, words
 from raystudy.study import Study
 
 _TUNE_SETTINGS = {
@@ -139,7 +138,7 @@ class Sweep:
     ----------
     images : key -> reference of the shared ImageArray.
     stopping : the wish to stop; trials see it by themselves, the sweep hands out no more.
-    work : what a trial does.
+    work : what a trial does; None trains it.
     """
 
     study: Study
@@ -147,7 +146,7 @@ class Sweep:
     images: dict[str, Any]
     placement: Placement
     stopping: Callable[[], bool]
-    work: Work = train
+    work: Work | None = None
     searcher: Searcher | None = None
     scheduler: TrialScheduler | None = None
     news: queue.SimpleQueue[TrialNews] = field(default_factory=queue.SimpleQueue)

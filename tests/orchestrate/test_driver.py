@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from raystudy.errors import StudyError
+from raystudy.orchestrate.assignment import Work, write_stop
 from raystudy.orchestrate.driver import Outcome, run_study
+from raystudy.orchestrate.films import plan_readable
 from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.progress import Silent
-from raystudy.orchestrate.worker import Work, train
 from raystudy.storage import Storage, open_storage
 from raystudy.study import Study
 from tests.orchestrate import tiny, works
@@ -32,11 +34,6 @@ class Said(Silent):
         self.lines.append(text)
 
 
-@pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_films(tmp_path_factory.mktemp("films"))
-
-
 def planned(
     films: Path, storage: Path, overrides: list[str] | None = None, **more: object
 ) -> tuple[StudyPlan, Storage]:
@@ -46,92 +43,90 @@ def planned(
 
 
 def run_tiny(
-    films: Path, storage: Path, overrides: list[str] | None = None, work: Work = train, **more: object
+    films: Path, storage: Path, overrides: list[str] | None = None, work: Work | None = None, **more: object
 ) -> Outcome:
     plan, root = planned(films, storage, overrides)
     return run_study(plan, root, work=work, **more)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def plain(films: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[str, bytes]:
+def plain(films: Path, image_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What the study leaves when one trial follows the other in one process."""
     storage = tmp_path_factory.mktemp("plain")
+    shutil.copytree(image_store, storage / "_images")
     outcome = run_tiny(films, storage, executor="plain")
     assert (outcome.trained, outcome.explained, outcome.exit_code) == (3, 6, 0)
     return tiny.result_bytes(storage)
 
 
 def test_plain_loop_and_ray_one_at_a_time_and_three_at_a_time_leave_the_same_bytes(
-    films: Path, plain: dict[str, bytes], tmp_path: Path
+    films: Path, plain: dict[str, bytes], place: Path
 ) -> None:
     assert tiny.kinds(plain)["result.json"] == 3
     assert tiny.kinds(plain)["done.json"] == 6
-    for name, overrides in (("one", ["resources.max_concurrent=1"]), ("packed", PACKED)):
-        outcome = run_tiny(films, tmp_path / name, overrides)
+    for overrides in (["resources.max_concurrent=1"], PACKED):
+        outcome = run_tiny(films, place, overrides)
         assert (outcome.trained, outcome.explained, outcome.failures) == (3, 6, {})
-        assert tiny.result_bytes(tmp_path / name) == plain
+        assert tiny.result_bytes(place) == plain
+        shutil.rmtree(place / "tiny")
 
 
-def test_a_seed_more_runs_exactly_the_missing_trials(films: Path, tmp_path: Path, ray_local: None) -> None:
-    first = run_tiny(films, tmp_path, PACKED, works.null)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "tiny" / "trials").glob("*/result.json")}
-    second = run_tiny(films, tmp_path, [*PACKED, "seeds=[0, 1]"], works.null)
+def test_a_seed_more_runs_exactly_the_missing_trials(films: Path, place: Path) -> None:
+    first = run_tiny(films, place, work=works.null, executor="plain")
+    before = {p: p.stat().st_mtime_ns for p in (place / "tiny" / "trials").glob("*/result.json")}
+    second = run_tiny(films, place, ["seeds=[0, 1]"], works.null, executor="plain")
     assert (first.trained, second.trained, len(second.states)) == (3, 3, 6)
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert run_tiny(films, tmp_path, [*PACKED, "seeds=[0, 1]"], works.null).trained == 0
+    assert run_tiny(films, place, ["seeds=[0, 1]"], works.null, executor="plain").trained == 0
 
 
-def test_a_changed_spec_is_told_before_other_trials_start(films: Path, tmp_path: Path, ray_local: None) -> None:
-    run_tiny(films, tmp_path, PACKED, works.null)
+def test_a_changed_spec_is_told_before_other_trials_start(films: Path, place: Path) -> None:
+    run_tiny(films, place, work=works.null, executor="plain")
     said = Said()
-    run_tiny(films, tmp_path, [*PACKED, "training.epochs=4"], works.null, shown=said)
+    run_tiny(films, place, ["training.epochs=4"], works.null, shown=said, executor="plain")
     assert any("training.epochs: 2 -> 4  (3 trials)" in line for line in said.lines)
-    assert len(list((tmp_path / "tiny" / "trials").iterdir())) == 6
+    assert len(list((place / "tiny" / "trials").iterdir())) == 6
 
 
-@pytest.mark.parametrize(("kind", "times", "attempts"), [("other", 9, 2), ("crash", 9, 2), ("value", 9, 1)])
-def test_a_trial_that_fails_is_marked_and_the_study_finishes(
-    kind: str, times: int, attempts: int, films: Path, tmp_path: Path, ray_local: None
+def test_what_fails_is_marked_what_runs_out_of_memory_comes_back_and_the_study_finishes(
+    films: Path, place: Path
 ) -> None:
-    plan, root = planned(films, tmp_path, [*PACKED, "resources.max_failures=1"])
-    bad = plan.trials[1].trial_id
-    directory = Study(root.child("tiny")).trial(bad)
-    directory.write_bytes("fail", f"{kind} {times}".encode())
-    outcome = run_study(plan, root, work=works.fail_by_file)
-    assert outcome.exit_code == 1
-    assert list(outcome.failures) == [bad]
-    assert (outcome.trained, outcome.states[bad]) == (2, "failed")
-    assert directory.read_json("failed.json")["attempts"] == attempts
-    status = Study(root.child("tiny")).status()
-    assert status.counts["failed"] == 1
-    assert status.counts["finished"] == 2
-    directory.delete("fail")
-    again = run_study(plan, root, only_failed=True, work=works.fail_by_file)
-    assert (again.trained, again.exit_code) == (1, 0)
-    assert not directory.exists("failed.json")
-
-
-def test_a_trial_that_runs_out_of_memory_comes_back_after_a_pause(films: Path, tmp_path: Path, ray_local: None) -> None:
-    plan, root = planned(films, tmp_path, ["mixtures=[50]", *PACKED])
-    directory = Study(root.child("tiny")).trial(plan.trials[0].trial_id)
-    directory.write_bytes("fail", b"memory 1")
+    plan, root = planned(films, place, [*PACKED, "resources.max_failures=1", "mixtures=[0, 30, 70, 100]"])
+    study = Study(root.child("tiny"))
+    crash, value, memory, sound = (study.trial(t.trial_id) for t in plan.trials)
+    for directory, fail in ((crash, b"crash 9"), (value, b"value 9"), (memory, b"memory 1")):
+        directory.write_bytes("fail", fail)
     started = time.monotonic()
     outcome = run_study(plan, root, work=works.fail_by_file)
-    assert outcome.exit_code == 0
-    assert time.monotonic() - started >= 10
-    (retry,) = directory.read_events("events")
+    assert time.monotonic() - started >= 10  # the pause after memory ran out
+    assert outcome.exit_code == 1
+    assert list(outcome.states.values()) == ["failed", "failed", "finished", "finished"]
+    assert set(outcome.failures) == {plan.trials[0].trial_id, plan.trials[1].trial_id}
+    assert crash.read_json("failed.json")["attempts"] == 2
+    assert value.read_json("failed.json")["attempts"] == 1  # a broken rule is not tried again
+    assert "told to fail" in value.read_json("failed.json")["error"]
+    (retry,) = memory.read_events("events")
     assert (retry["event"], retry["attempt"]) == ("retry", 1)
     assert "MemoryError" in retry["error"]
+    assert not sound.exists("events")
+    counts = study.status().counts
+    assert (counts["failed"], counts["finished"]) == (2, 2)
+
+    crash.delete("fail")
+    value.delete("fail")
+    again = run_study(plan, root, only_failed=True, work=works.fail_by_file, executor="plain")
+    assert (again.trained, again.exit_code) == (2, 0)
+    assert not crash.exists("failed.json")
 
 
-def test_the_wish_to_stop_ends_the_study_and_the_next_run_goes_on(films: Path, tmp_path: Path, ray_local: None) -> None:
-    plan, root = planned(films, tmp_path, ["resources.cpus=0.5", "resources.explain_cpus=0.5"])
+def test_the_wish_to_stop_ends_the_study_and_the_next_run_goes_on(films: Path, place: Path) -> None:
+    plan, root = planned(films, place, ["resources.cpus=0.5", "resources.explain_cpus=0.5"])
     study = Study(root.child("tiny"))
 
     def ask() -> None:
-        while not study.storage.list("trials") or not any("events" in n for n in study.storage.list("trials")):
+        while not any("/events" in n for n in study.storage.list("trials")):
             time.sleep(0.05)
-        study.storage.write_json("stop.json", {"by": "test"})
+        write_stop(study, "a test")
 
     asker = threading.Thread(target=ask)
     asker.start()
@@ -140,7 +135,7 @@ def test_the_wish_to_stop_ends_the_study_and_the_next_run_goes_on(films: Path, t
     assert (outcome.exit_code, outcome.trained) == (130, 0)
     assert set(outcome.states.values()) <= {"interrupted", "waiting"}
     assert "interrupted" in outcome.states.values()
-    assert run_study(plan, root, work=works.null).trained == 3
+    assert run_study(plan, root, work=works.null, executor="plain").trained == 3
 
 
 def test_a_second_driver_is_refused(films: Path, tmp_path: Path) -> None:
@@ -161,16 +156,15 @@ def test_films_that_cannot_be_read_are_named_or_left_out(tmp_path: Path, ray_loc
     plan, root = planned(films, tmp_path / "studies")
     row = plan.trials[0].cohort.iloc[0]
     (films / "films" / Path(row["uri"]).name).write_bytes(b"no film")
-    with pytest.raises(StudyError, match=r"1 images cannot be used: .*unreadable=drop|1 images cannot be used"):
-        run_study(plan, root, work=works.null)
-    from raystudy.orchestrate.films import plan_readable
+    with pytest.raises(StudyError, match=r"1 images cannot be used: H"):
+        run_study(plan, root, work=works.null, executor="plain")
 
-    experiment = tiny.experiment(films, tmp_path / "studies", ["images.unreadable=drop", *PACKED])
+    experiment = tiny.experiment(films, tmp_path / "studies", ["images.unreadable=drop"])
     said = Said()
     readable = plan_readable(experiment, root, said)
     assert said.lines == ["1 images cannot be read and are left out"]
     assert all(row["image_id"] not in set(t.cohort["image_id"]) for t in readable.trials)
-    assert run_study(readable, root, work=works.null).trained == 3
+    assert run_study(readable, root, work=works.null, executor="plain").trained == 3
 
 
 COMMAND = [sys.executable, "-m", "raystudy.cli", "run"]
@@ -179,7 +173,12 @@ COMMAND = [sys.executable, "-m", "raystudy.cli", "run"]
 def start_driver(file: Path, *more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     return subprocess.Popen(
-        [*COMMAND, str(file), *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        [*COMMAND, str(file), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
 
 
@@ -192,10 +191,10 @@ def wait_for(study: Path, event: str, driver: subprocess.Popen[str]) -> None:
 
 
 def test_a_killed_and_an_interrupted_driver_leave_a_study_that_ends_with_the_same_bytes(
-    films: Path, plain: dict[str, bytes], tmp_path: Path
+    films: Path, plain: dict[str, bytes], place: Path
 ) -> None:
-    file = tiny.experiment_file(films, tmp_path)
-    study = tmp_path / "tiny"
+    file = tiny.experiment_file(films, place)
+    study = place / "tiny"
     driver = start_driver(file)
     wait_for(study, '"epoch"', driver)
     driver.send_signal(signal.SIGKILL)
@@ -204,7 +203,7 @@ def test_a_killed_and_an_interrupted_driver_leave_a_study_that_ends_with_the_sam
 
     driver = start_driver(file)
     wait_for(study, '"resumed"', driver)
-    driver.send_signal(signal.SIGINT)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
     out, _ = driver.communicate(timeout=60)
     assert driver.returncode == 130, out
     assert "run the same command again" in out
@@ -213,7 +212,7 @@ def test_a_killed_and_an_interrupted_driver_leave_a_study_that_ends_with_the_sam
     driver = start_driver(file)
     out, _ = driver.communicate(timeout=200)
     assert driver.returncode == 0, out
-    assert tiny.result_bytes(tmp_path) == plain
+    assert tiny.result_bytes(place) == plain
     assert (study / "report" / "index.html").exists()
 
     started = time.monotonic()

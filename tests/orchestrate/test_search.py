@@ -1,4 +1,5 @@
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,6 @@ SPACE = {
     "model.prototypes_per_class": {"choice": [1, 2]},
 }
 SEARCH = {"space": SPACE, "trials": 6, "algorithm": "random", "scheduler": "none", "mixtures": [50]}
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_films(tmp_path_factory.mktemp("films"))
 
 
 def search(films: Path, storage: Path, overrides: list[str] | None = None, executor: str = "plain") -> Outcome:
@@ -46,23 +42,22 @@ def texts(storage: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
 def test_an_interrupted_search_suggests_what_an_uninterrupted_one_does(
-    algorithm: str, films: Path, tmp_path: Path, ray_local: None
+    algorithm: str, films: Path, place: Path
 ) -> None:
     more = [f"search.algorithm={algorithm}"]
-    whole = search(films, tmp_path / "whole", more)
-    assert whole.trained == 6
+    assert search(films, place, more).trained == 6
+    whole = texts(place)
+    assert len(whole) == 12
+    assert search(films, place, more).trained == 0
+    shutil.rmtree(place / "tiny")
     for trials in (1, 4, 6):  # as if it had been stopped after so many
-        search(films, tmp_path / "parts", [*more, f"search.trials={trials}"])
-    assert texts(tmp_path / "parts") == texts(tmp_path / "whole")
-    assert len(texts(tmp_path / "whole")) == 12
-    assert search(films, tmp_path / "whole", more).trained == 0
+        search(films, place, [*more, f"search.trials={trials}"])
+    assert texts(place) == whole
 
 
-def test_the_best_suggestion_is_the_one_with_the_best_validation_accuracy(
-    films: Path, tmp_path: Path, ray_local: None
-) -> None:
-    search(films, tmp_path)
-    found = book(films, tmp_path)
+def test_the_best_suggestion_is_the_one_with_the_best_validation_accuracy(films: Path, place: Path) -> None:
+    search(films, place)
+    found = book(films, place)
     best = found.best()
     assert best is not None
     distances = [abs(math.log10(s.values["training.lr_backbone"]) + 3) for s in found.suggestions]
@@ -117,15 +112,13 @@ def test_halving_lets_the_best_third_go_on_and_decides_the_same_when_it_is_read_
     assert again.goes_on("a", "cell", 2, 0.0)  # asked once a rung
 
 
-def test_a_search_on_ray_stops_the_hopeless_early_and_goes_on_from_its_marks(
-    films: Path, tmp_path: Path, ray_local: None
-) -> None:
+def test_a_search_on_ray_stops_the_hopeless_early_and_goes_on_from_its_marks(films: Path, place: Path) -> None:
     more = ["search.scheduler=asha", "resources.cpus=0.5", "resources.explain_cpus=0.5", "training.epochs=6"]
-    outcome = search(films, tmp_path, [*more, "search.trials=5"], "ray")
+    outcome = search(films, place, [*more, "search.trials=5"], "ray")
     states = list(outcome.states.values())
     stopped = states.count("stopped")
     assert set(states) == {"finished", "stopped"}
     assert stopped >= 1
-    assert len(list(tmp_path.glob("tiny/trials/*/stopped.json"))) == stopped
-    assert len(texts(tmp_path)) == 10  # five suggestions, five observations
-    assert search(films, tmp_path, [*more, "search.trials=5"], "ray").trained == 0
+    assert len(list(place.glob("tiny/trials/*/stopped.json"))) == stopped
+    assert len(texts(place)) == 10  # five suggestions, five observations
+    assert search(films, place, [*more, "search.trials=5"], "ray").trained == 0

@@ -11,13 +11,14 @@ from pathlib import Path
 import ray.cloudpickle
 
 from raystudy.images.array import ImageArray
-from raystudy.orchestrate.worker import Assignment, Status
+from raystudy.orchestrate.assignment import Assignment, Status
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not see the tests
 
 
 def null(assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
-    assignment.directory.write_json("result.json", {"status": "finished", "tests": {}})
+    result = {"status": "finished", "tests": {}, "selected": {"val_accuracy": 50.0}}
+    assignment.directory.write_json("result.json", result)
     return "finished"
 
 
