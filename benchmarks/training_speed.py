@@ -94,9 +94,7 @@ def last_layer(repeats: int) -> dict[str, object]:
                 optimizer.step()
 
     (mine,) = _interleaved([stage], repeats)
-    return _row(
-        "last-layer stage, 20 epochs, N = 2198", mine / 1.0, mine, 1.0, "s", repeats, "peer: 1 s allowed"
-    )
+    return _row("last-layer stage, 20 epochs, N = 2198", mine / 1.0, mine, 1.0, "s", repeats, "peer: 1 s allowed")
 
 
 def _interleaved(jobs: list[Callable[[], object]], repeats: int) -> list[float]:
