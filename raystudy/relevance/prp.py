@@ -6,6 +6,7 @@ model is only read: no parameter, buffer, mode, flag or random generator changes
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raystudy.protopnet.model import log_similarity
-from raystudy.relevance.canonise import canonise
+from raystudy.relevance.canonise import canonise, read
 from raystudy.relevance.rules import L2_EPS, RULE_SETS, similarity_start
 from raystudy.relevance.tape import RuleNetwork, Tape
 
@@ -238,7 +239,8 @@ def prototype_relevance(
     model : ProtoPNet in eval mode; it is only read.
     images : (N, 3, H, W), normalised.
     prototypes : (N, K) int64, the prototypes to explain in each image.
-    rule, l2_power, l2_eps, precision : see ``PrototypeExplainer``, which saves the preparation when called repeatedly.
+    rule, l2_power, l2_eps, precision : see ``PrototypeExplainer``.  The last preparation is kept until the model is
+        changed or gone; ``PrototypeExplainer`` gives a hold on it.
     seed_values : relevance of the scores, broadcast against (N, K); 1 as the published code.
 
     Returns
@@ -250,5 +252,19 @@ def prototype_relevance(
     ValueError
         Before any work, with the rule that was broken (model mode and finiteness, shapes, index range, settings).
     """
-    explainer = PrototypeExplainer(model, rule, l2_power, l2_eps=l2_eps, precision=precision)
+    explainer = _prepared(model, rule, l2_power, l2_eps, precision)
     return explainer(images, prototypes, seed_values=seed_values)
+
+
+_last: list[tuple[weakref.ref[nn.Module], tuple[object, ...], PrototypeExplainer]] = []
+
+
+def _prepared(model: nn.Module, rule: str, l2_power: int, l2_eps: float, precision: Precision) -> PrototypeExplainer:
+    """Prepare a model, or return the last preparation while the model and the settings are still the same."""
+    key = (RULE_SETS.get(rule), l2_power, l2_eps, precision, read(model))
+    for owner, known, explainer in _last[:]:
+        if owner() is model and known == key:
+            return explainer
+    explainer = PrototypeExplainer(model, rule, l2_power, l2_eps=l2_eps, precision=precision)
+    _last[:] = [(weakref.ref(model, lambda _: _last.clear()), key, explainer)]
+    return explainer

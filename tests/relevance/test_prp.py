@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from benchmarks.zennit_prp import ZennitPRP
 from raystudy.protopnet import ProtoPNet
-from raystudy.relevance import RULE_SETS, PrototypeExplainer, prototype_relevance
+from raystudy.relevance import RULE_SETS, PrototypeExplainer, prototype_relevance, prp
 from raystudy.relevance.canonise import canonise
 from raystudy.relevance.tape import RuleNetwork
 from tests.relevance.nets import random_images, random_net
@@ -178,6 +180,44 @@ def test_explaining_changes_nothing(precision: str) -> None:
     assert np.array_equal(generators[1], np.random.get_state()[1])  # noqa: NPY002
     assert switches == (torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype())
     assert torch.equal(net(images).logits, twin(images).logits)
+
+
+def test_a_second_call_sees_every_change_of_the_model() -> None:
+    net, images, prototypes = random_net(layers=2), random_images(1), torch.tensor([[0, 1]])
+    conv, norm = net.backbone.conv1, net.backbone.bn1
+
+    def scale_in_place() -> None:
+        with torch.no_grad():
+            conv.weight.mul_(1.5)
+
+    def scale_behind_autograds_back() -> None:
+        conv.weight.data[0] *= 3
+
+    def load() -> None:
+        net.load_state_dict(random_net(layers=2, seed=5).state_dict())
+
+    def other_eps() -> None:
+        norm.eps = 0.5
+
+    last = prototype_relevance(net, images, prototypes).maps
+    assert torch.equal(prototype_relevance(net, images, prototypes).maps, last)
+    for change in (scale_in_place, scale_behind_autograds_back, load, other_eps):
+        change()
+        now = prototype_relevance(net, images, prototypes).maps
+        assert not torch.equal(now, last), change.__name__
+        assert torch.equal(now, PrototypeExplainer(net)(images, prototypes).maps), change.__name__
+        last = now
+
+
+def test_the_kept_preparation_goes_with_its_model() -> None:
+    net = random_net(layers=1)
+    prototype_relevance(net, random_images(1), torch.tensor([[0]]))
+    assert prp._last
+    owner = weakref.ref(net)
+    del net
+    gc.collect()
+    assert owner() is None
+    assert not prp._last
 
 
 def test_autocast_around_the_call_changes_nothing() -> None:

@@ -1,0 +1,47 @@
+"""Winograd's form equals the direct convolution and rounds no worse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from raystudy.relevance import winograd
+
+
+@pytest.mark.parametrize(
+    ("n", "inputs", "outputs", "height", "width"),
+    [(1, 8, 5, 8, 8), (3, 4, 6, 14, 14), (2, 5, 4, 7, 7), (2, 3, 3, 13, 9), (1, 4, 4, 5, 5), (2, 2, 2, 3, 28)],
+)
+def test_equals_the_direct_convolution(n: int, inputs: int, outputs: int, height: int, width: int) -> None:
+    g = torch.Generator().manual_seed(height)
+    x = torch.randn(n, inputs, height, width, generator=g, dtype=torch.float64)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=g, dtype=torch.float64)
+    result = winograd.convolution(weight)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(result, F.conv2d(x, weight, padding=1), rtol=1e-10, atol=1e-10)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 4, 12, 12, generator=g).contiguous(memory_format=torch.channels_last)
+    convolve = winograd.convolution(torch.randn(4, 4, 3, 3, generator=g))
+    whole = convolve(x)
+    monkeypatch.setattr(winograd, "CHUNK_BYTES", 36 * 9 * 4 * 4 * 3)  # three images at a time, then one
+    torch.testing.assert_close(convolve(x), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_rounds_no_worse_than_the_direct_form_on_positive_sums() -> None:
+    g = torch.Generator().manual_seed(1)
+    x = torch.rand(1, 256, 14, 14, generator=g).contiguous(memory_format=torch.channels_last)
+    weight = torch.rand(128, 256, 3, 3, generator=g)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    error = float((winograd.convolution(weight)(x) - exact).abs().max() / exact.max())
+    assert error < 5e-6
+
+
+def test_pays_only_where_the_products_outweigh_the_transforms() -> None:
+    assert winograd.pays(torch.zeros(128, 128, 3, 3))
+    assert not winograd.pays(torch.zeros(64, 128, 3, 3))
+    assert not winograd.pays(torch.zeros(128, 128, 1, 1))
+    assert not winograd.pays(torch.zeros(128, 128, 3, 3, dtype=torch.float64))
+    assert not winograd.pays(torch.zeros(128, 128, 3, 3, dtype=torch.bfloat16))
