@@ -15,6 +15,7 @@ from raystudy.errors import StudyError
 from raystudy.evaluate.intervals import Interval
 from raystudy.evaluate.reliance import Verdict
 from raystudy.report import figures, panels
+from raystudy.report.cohort_table import cohort_table
 from raystudy.report.data import FinishedTrial, ReportData, read_report_data
 from raystudy.study import Study
 
@@ -47,6 +48,8 @@ class _Section:
     figures: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
     tables: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     note: str = ""
+    basis: str = ""
+    cohorts: dict[str, Any] | None = None
 
 
 def write_report(study: Study) -> Written:
@@ -92,6 +95,8 @@ def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files:
     mixtures, reliance = _rows(data.mixtures, chosen), _rows(data.reliance, chosen)
     curves = figures.accuracy_curves(mixtures, _rows(data.accuracy, chosen), task, sources, f"Accuracy, {task}")
     label = str(mixtures["interval"].iloc[0])
+    section.basis = _basis(mixtures, reliance)
+    section.cohorts = cohort_table(data.study, task, sources, trials[0].spec["class_names"])
     _add(
         section,
         files,
@@ -116,6 +121,14 @@ def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files:
     if not data.mask_shares.empty:
         _add_planted_truth(section, data.mask_shares[data.mask_shares["trial_id"].isin(ids)])
     return section
+
+
+def _basis(mixtures: pd.DataFrame, reliance: pd.DataFrame) -> str:
+    """Say what the answer rests on: n of films, mixtures and seeds."""
+    sizes = [f"{name}: n = {int(n)}" for name, n in mixtures.groupby("test_set")["n"].max().items()]
+    n_mixtures, seeds = reliance["h1_share"].nunique(), int(reliance["seeds"].min()) if len(reliance) else 0
+    words = f"{n_mixtures} mixture{'s' * (n_mixtures != 1)}, {seeds} training run{'s' * (seeds != 1)} each"
+    return f"{words}; films {', '.join(sizes)}."
 
 
 def _tiles(data: ReportData, chosen: dict[str, object], verdict: Verdict) -> list[dict[str, str]]:

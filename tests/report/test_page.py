@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,6 +17,7 @@ import yaml
 from PIL import Image
 
 from raystudy.errors import StudyError
+from raystudy.report.cohort_table import cohort_table
 from raystudy.report.page import Written, write_report
 from raystudy.study import Study
 from tests.tiny_study import TinyStudy
@@ -123,8 +125,22 @@ def test_the_page_opens_with_the_answer_its_numbers_and_interval(reported: Repor
     assert text.index(written.sentences[0]) < text.index("How to read this page")
     assert "95 % interval" in text
     assert "conditional on this training run" in text  # one seed
-    assert "n = 12" in text or "n = 12 films" in text
+    assert "3 mixtures, 1 training run each; films Test-100H1: n = 12, Test-100H2: n = 12, Test-50-50: n = 12." in text
     assert written.page in written.text()
+
+
+def test_the_page_counts_who_was_trained_and_tested_on(reported: Reported):
+    study, _ = reported
+    found = cohort_table(study, "pneumonia", ["H1", "H2"], ["no pneumonia", "pneumonia"])
+    assert found is not None
+    assert found["columns"][2:6] == ["pneumonia, H1", "pneumonia, H2", "no pneumonia, H1", "no pneumonia, H2"]
+    rows = {tuple(row[:2]): [int(cell) for cell in row[2:]] for row in found["rows"]}
+    # 12 films a class to train on, 6 to validate and test; every patient of the tiny study has one film
+    assert rows["0H1-100H2", "train"] == [0, 12, 12, 0, 24, 24]
+    assert rows["50H1-50H2", "val"] == [3, 3, 3, 3, 12, 12]
+    assert rows["test", "Test-100H1"] == [6, 0, 0, 6, 12, 12]
+    assert len(rows) == 3 * 2 + 3
+    assert "Who was trained and tested on" in Tags(page(study)).text
 
 
 def test_the_page_needs_no_other_file_no_network_and_no_script(reported: Reported):
@@ -205,6 +221,27 @@ def test_notes_of_the_experiment_are_printed_and_cannot_inject_markup(study: Stu
     write_report(study)
     assert "Children & adults <script>alert(1)</script>" in Tags(page(study)).text
     assert "<script" not in page(study)
+
+
+@pytest.mark.parametrize("width", [1200, 420])
+def test_nothing_is_cut_off_at_the_side_in_a_browser(reported: Reported, tmp_path: Path, width: int):
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("chromium (Debian package) is not installed")
+    probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script>"
+    (tmp_path / "page.html").write_text(page(reported[0]).replace("</body>", f"{probe}</body>"))
+    switches = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    switches += [
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-quic",
+        f"--user-data-dir={tmp_path / 'user'}",
+    ]
+    command = [browser, *switches, f"--window-size={width},900", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
+    html = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    title = re.search(r"<title>(\d+) (\d+)</title>", html)
+    assert title is not None
+    assert int(title[1]) <= int(title[2])  # the page is not wider than the window
 
 
 def test_every_number_of_the_page_has_its_n(reported: Reported):
