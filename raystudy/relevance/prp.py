@@ -24,10 +24,11 @@ Precision = Literal["float32", "bf16", "float64"]
 MAPS_AT_ONCE = 16  # bounds the memory of the pass back: 64 x 112 x 112 values a map at the stem
 IMAGES_AT_ONCE = 8
 
-_PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {  # forward, Z and the pass back
-    "float32": (torch.float32, torch.float32),
-    "bf16": (torch.float32, torch.bfloat16),
-    "float64": (torch.float64, torch.float64),
+# forward; Z and the pass back; tolerance of combining maps: float32's rounding, a channel's rounding in bf16, none
+_PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype, float]] = {
+    "float32": (torch.float32, torch.float32, 1e-6),
+    "bf16": (torch.float32, torch.bfloat16, 5e-3),
+    "float64": (torch.float64, torch.float64, 0.0),
 }
 
 
@@ -71,7 +72,8 @@ class PrototypeExplainer:
     rule : "published", or "separating" (γ rule in the add-on and the topmost stage, z+ below).
     l2_power : 2, or 4 as published before 2024.
     l2_eps : floor of the channel differences (method.md b.4); 1e-8 makes the weights at a source reproducible.
-    precision : "float32"; "bf16" (Z and the pass back; the forward pass stays float32); "float64".
+    precision : "float32"; "bf16" (Z and the pass back; the forward pass stays float32, and maps of one image that are
+        combinations of others within bf16's rounding are not carried separately); "float64".
 
     Raises
     ------
@@ -97,10 +99,10 @@ class PrototypeExplainer:
         if not l2_eps > 0:
             raise ValueError(f"l2_eps must be positive, not {l2_eps}")
         self.l2_power, self.l2_eps = l2_power, l2_eps
-        forward, back = _PRECISIONS[precision]
+        forward, back, tolerance = _PRECISIONS[precision]
         self._network = canonise(model, forward)
         with _exact(self.device):
-            self._rules = RuleNetwork(self._network, RULE_SETS[rule], back)
+            self._rules = RuleNetwork(self._network, RULE_SETS[rule], back, tolerance)
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from raystudy.relevance import rules
 from raystudy.relevance.canonise import Block, Conv, Network
+from raystudy.relevance.condense import condense
 from raystudy.relevance.gradients import InputGradient, Size, input_gradient
+
+CONDENSE_BELOW = 1e-4  # with a finer tolerance only the top is worth a look: there equal prototypes show
 
 
 @dataclass(frozen=True)
@@ -155,12 +158,14 @@ class Tape:
 class RuleNetwork:
     """A canonised network with a rule set in a precision: prepared once, used for many images.
 
-    ``network`` is in the precision of the forward pass, ``dtype`` that of Z and of the pass back.
+    ``network`` is in the precision of the forward pass, ``dtype`` that of Z and of the pass back.  ``tolerance`` lets
+    maps of one image be combined from others (condense.py); 0 carries every map.
     """
 
-    def __init__(self, network: Network, rule_set: rules.RuleSet, dtype: torch.dtype) -> None:
+    def __init__(self, network: Network, rule_set: rules.RuleSet, dtype: torch.dtype, tolerance: float = 0.0) -> None:
         self.network = network
         self.dtype = dtype
+        self.tolerance = tolerance
         self.stem = Conv(
             network.stem.weight.contiguous(memory_format=torch.channels_last), network.stem.bias, network.stem.stride,
             network.stem.padding,
@@ -247,14 +252,30 @@ class RuleNetwork:
             if layers is not None:
                 layers[name] = per_image(times(g, a.to(g.dtype)), n)
 
-        below = None
+        stage, mix = None, None  # mix (N, K, r): the K maps from the r that are carried
         for rule, record in zip(reversed(self.blocks), reversed(tape.blocks), strict=True):
-            if rule.stage != below:
+            if rule.stage != stage:
                 note(rule.stage, record.output)
-                below = rule.stage
+                if layers is None and (stage is None or self.tolerance >= CONDENSE_BELOW):
+                    g, mix = self._condense(g, record.output, mix)
+                stage = rule.stage
             g = back_block(rule, record, g)
         note("maxpool", tape.pooled)
         s = rules.scatter_to_winners(times(g, tape.pool_factor), tape.winners, tape.stem_size, self.network.pool)
         size = (tape.images.shape[2], tape.images.shape[3])
         gradients = per_image(self.stem_gradient(s, size), n)
-        return rules.box_combine(tape.images.unsqueeze(1), gradients)
+        maps = rules.box_combine(tape.images.unsqueeze(1), gradients)
+        return maps if mix is None else torch.einsum("nkr,nrhw->nkhw", mix.to(maps.dtype), maps)
+
+    def _condense(self, g: Tensor, a: Tensor, mix: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Go on with as few maps as the tolerance allows; ``a`` is the activation where ``g`` is."""
+        n = len(a)
+        if len(g) == n or not self.tolerance:
+            return g, mix
+        fewer = condense(per_image(times(g, a.to(g.dtype)), n), self.tolerance)
+        if fewer is None:
+            return g, mix
+        chosen, coefficients = fewer
+        kept = per_image(g, n)[torch.arange(n, device=g.device).unsqueeze(1), chosen].flatten(0, 1)
+        kept = kept.contiguous(memory_format=torch.channels_last)
+        return kept, coefficients if mix is None else mix @ coefficients
