@@ -60,10 +60,11 @@ class Assignment:
     rows: TrialRows
     device: Device
     watched: bool = False  # a search may stop it early
+    place: Storage | None = None  # its directory, where it is not simply the study's
 
     @property
     def directory(self) -> Storage:
-        return self.study.trial(self.trial_id)
+        return self.place or self.study.trial(self.trial_id)
 
 
 Work = Callable[[Assignment, ImageArray, Callable[[], bool]], Status]

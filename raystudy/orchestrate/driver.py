@@ -134,7 +134,8 @@ def run_study(
         ledger.open()
         missing = ledger.missing_trials(only_failed)
         more = book is not None and book.wants_more and not only_failed
-        todo = Todo(missing, ledger.missing_explanations(only_failed), more)
+        unexplained = ledger.missing_explanations(only_failed) if work is None else []
+        todo = Todo(missing, unexplained, more)
         for line in describe_changes(ledger, missing):
             shown.say(line)
         ledger.write_plan()

@@ -22,7 +22,7 @@ from raystudy.orchestrate.assignment import FAILED, STOPPED, Rows, TrialRows
 from raystudy.orchestrate.identity import digest
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
 from raystudy.study import FORMAT_VERSION, Study, parquet_bytes
-from raystudy.trial_files import keep_spec
+from raystudy.trial_files import keep_spec, read_result
 
 WRITERS = 16
 
@@ -41,7 +41,7 @@ class Ledger:
 
         Raises
         ------
-        StudyError : the directory was written by a newer raystudy.
+        StudyError : the directory was written by a newer raystudy; a result is damaged.
         """
         try:
             kept = int(self.study.plan().get("format", 1))
@@ -54,6 +54,9 @@ class Ledger:
                 remedy="install the newer raystudy, or name another study",
             )
         self._files = self.study.files()
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for _ in pool.map(self._check_result, [t for t in self.plan.trials if "result.json" in self.files(t)]):
+                pass
 
     def write_plan(self, trials: Iterable[PlannedTrial] | None = None) -> None:
         """Write plan.json and experiment.yaml; ``trials`` replaces the plan's own (a search adds to them)."""
@@ -117,6 +120,15 @@ class Ledger:
         """Record that a trial failed for good; the next run tries it again."""
         mark = {"error": error, "attempts": attempts, "time": time.time()}
         self.study.trial(trial_id).write_json(FAILED, mark)
+
+    def _check_result(self, trial: PlannedTrial) -> None:
+        directory = self.study.trial(trial.trial_id)
+        try:
+            whole = "schema" not in directory.read_json("result.json")  # what a stand-in for a trial wrote
+        except ValueError:
+            whole = False
+        if not whole:
+            read_result(directory)
 
     def _statuses(self, trial_ids: set[str]) -> list[tuple[str, str]]:
         def status(trial_id: str) -> tuple[str, str]:

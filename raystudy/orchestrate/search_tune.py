@@ -15,7 +15,7 @@ from raystudy.orchestrate.assignment import STOPPED
 from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.plan import PlannedTrial
 from raystudy.orchestrate.search import Halving, SearchBook, cell_of
-from raystudy.orchestrate.sweep import PlanSearcher, Queued, TrialNews, config_of
+from raystudy.orchestrate.sweep import PlanSearcher, Queued, TrialNews, config_of, forgotten
 
 
 class BookSearcher(PlanSearcher):
@@ -68,6 +68,9 @@ class HalvingScheduler(FIFOScheduler):
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    def __reduce__(self) -> Any:
+        return forgotten, ()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result.get("done") or "val_accuracy" not in result:

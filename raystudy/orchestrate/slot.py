@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray import tune
+from ray._raylet import setproctitle  # pyright: ignore[reportAttributeAccessIssue]
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -70,6 +71,18 @@ class Shared:
     work: Work | None  # None: a real trial
 
 
+@dataclass(frozen=True)
+class TitledDirectory(Storage):
+    """A trial's directory that shows its latest event as the title of this process: in `top` and Ray's dashboard."""
+
+    trial_id: str = ""
+
+    def append_event(self, path: str, event: Mapping[str, object]) -> None:
+        super().append_event(path, event)
+        if "stage" in event:
+            setproctitle(f"ray::{self.trial_id} {event['stage']} {event.get('epoch', 0)}/{event.get('epochs', '?')}")
+
+
 @ray.remote(max_retries=0)
 def trial_task(work: Work | None, assignment: Assignment, images: ImageArray) -> Status:
     """Run one trial in a process of its own."""
@@ -77,8 +90,10 @@ def trial_task(work: Work | None, assignment: Assignment, images: ImageArray) ->
         from raystudy.orchestrate.worker import train  # torch: in this process, not in the slot's
 
         work = train
-    also = (assignment.directory, STOPPED) if assignment.watched else None
-    return work(assignment, images, stop_watch(assignment.study, mark=also))
+    directory = assignment.directory
+    titled = TitledDirectory(directory.uri, directory.retry_seconds, assignment.trial_id)
+    should_stop = stop_watch(assignment.study, mark=(directory, STOPPED) if assignment.watched else None)
+    return work(replace(assignment, place=titled), images, should_stop)
 
 
 class TrialSlot(tune.Trainable):

@@ -53,7 +53,7 @@ class TrialNews:
     message: str = ""
 
 
-def _forgotten() -> None:
+def forgotten() -> None:
     """What Tune's throw-away folder keeps of an object that belongs to this process."""
 
 
@@ -66,7 +66,7 @@ class PlanSearcher(Searcher):
         self._stopping = stopping
 
     def __reduce__(self) -> Any:
-        return _forgotten, ()
+        return forgotten, ()
 
     def suggest(self, trial_id: str) -> Any:
         if self._stopping() or not self._waiting:
@@ -101,7 +101,7 @@ class _Reporter(tune.Callback):
         self._study, self._news = study, news
 
     def __reduce__(self) -> Any:
-        return _forgotten, ()
+        return forgotten, ()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._news.put(TrialNews(trial.config["trial"], "running"))

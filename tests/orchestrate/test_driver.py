@@ -151,6 +151,14 @@ def test_a_study_of_a_newer_raystudy_is_refused(films: Path, tmp_path: Path) -> 
         run_study(plan, root)
 
 
+def test_a_damaged_result_is_named_before_anything_starts(films: Path, tmp_path: Path) -> None:
+    plan, root = planned(films, tmp_path)
+    Study(root.child("tiny")).trial(plan.trials[0].trial_id).write_bytes("result.json", b'{"schema": 1, "status')
+    with pytest.raises(StudyError, match="result is damaged"):
+        run_study(plan, root)
+    assert not root.child("tiny").exists("lock.json")
+
+
 def test_films_that_cannot_be_read_are_named_or_left_out(tmp_path: Path, ray_local: None) -> None:
     films = tiny.make_films(tmp_path / "films")
     plan, root = planned(films, tmp_path / "studies")
@@ -182,9 +190,13 @@ def start_driver(file: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(study: Path, event: str, driver: subprocess.Popen[str]) -> None:
+def epochs(study: Path) -> int:
+    return sum(p.read_text().count('"event":"epoch"') for p in study.glob("trials/*/events"))
+
+
+def wait_for_an_epoch(study: Path, before: int, driver: subprocess.Popen[str]) -> None:
     until = time.monotonic() + 120
-    while not any(event in p.read_text() for p in study.glob("trials/*/events")):
+    while epochs(study) <= before:
         assert driver.poll() is None, driver.stdout and driver.stdout.read()
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -196,13 +208,14 @@ def test_a_killed_and_an_interrupted_driver_leave_a_study_that_ends_with_the_sam
     file = tiny.experiment_file(films, place)
     study = place / "tiny"
     driver = start_driver(file)
-    wait_for(study, '"epoch"', driver)
+    wait_for_an_epoch(study, 0, driver)
     driver.send_signal(signal.SIGKILL)
     driver.communicate(timeout=60)
     assert json.loads((study / "lock.json").read_text())["pid"] == driver.pid
 
+    before = epochs(study)
     driver = start_driver(file)
-    wait_for(study, '"resumed"', driver)
+    wait_for_an_epoch(study, before, driver)
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
     out, _ = driver.communicate(timeout=60)
     assert driver.returncode == 130, out

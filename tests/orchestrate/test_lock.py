@@ -125,6 +125,21 @@ def test_a_driver_whose_lock_was_taken_over_learns_it(tmp_path: Path) -> None:
     assert storage.read_json(LOCK) == {"token": "another"}
 
 
+def test_the_lock_holds_on_object_storage(s3_bucket: str) -> None:
+    storage = open_storage(s3_bucket)
+    with locked(storage, beat_seconds=0.1) as lock:
+        beat = storage.read_json(LOCK)["heartbeat"]
+        with pytest.raises(StudyError, match="another driver"), locked(storage):
+            pass
+        time.sleep(0.5)
+        assert storage.read_json(LOCK)["heartbeat"] > beat
+        assert not lock.lost
+    assert storage.list() == []
+    dead = dead_record(storage)
+    with locked(storage):
+        assert storage.read_json(LOCK)["token"] != dead["token"]
+
+
 def test_a_damaged_lock_names_itself(tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
     storage.write_bytes(LOCK, b"{")
