@@ -190,13 +190,14 @@ def start_driver(file: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def epochs(study: Path) -> int:
-    return sum(p.read_text().count('"event":"epoch"') for p in study.glob("trials/*/events"))
+def count(study: Path, *events: str) -> int:
+    texts = [p.read_text() for p in study.glob("trials/*/events")]
+    return sum(text.count(f'"event":"{event}"') for text in texts for event in events)
 
 
-def wait_for_an_epoch(study: Path, before: int, driver: subprocess.Popen[str]) -> None:
+def wait_for(study: Path, before: int, driver: subprocess.Popen[str], *events: str) -> None:
     until = time.monotonic() + 120
-    while epochs(study) <= before:
+    while count(study, *events) <= before:
         assert driver.poll() is None, driver.stdout and driver.stdout.read()
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -208,14 +209,14 @@ def test_a_killed_and_an_interrupted_driver_leave_a_study_that_ends_with_the_sam
     file = tiny.experiment_file(films, place)
     study = place / "tiny"
     driver = start_driver(file)
-    wait_for_an_epoch(study, 0, driver)
+    wait_for(study, 0, driver, "epoch")
     driver.send_signal(signal.SIGKILL)
     driver.communicate(timeout=60)
     assert json.loads((study / "lock.json").read_text())["pid"] == driver.pid
 
-    before = epochs(study)
+    before = count(study, "started", "resumed")
     driver = start_driver(file)
-    wait_for_an_epoch(study, before, driver)
+    wait_for(study, before, driver, "started", "resumed")
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
     out, _ = driver.communicate(timeout=60)
     assert driver.returncode == 130, out
