@@ -79,6 +79,13 @@ def convolution(weight: Tensor) -> Callable[[Tensor], Tensor]:
             tile = (inverse @ products).view(TILE, TILE, m, down, across, outputs)
             y[i : i + m] = tile.permute(2, 3, 0, 4, 1, 5)
         y = y.view(n, down * TILE, across * TILE, outputs)[:, :height, :width]
-        return y.permute(0, 3, 1, 2)
+        return _within_reach(y.permute(0, 3, 1, 2), x)
 
     return convolve
+
+
+def _within_reach(y: Tensor, x: Tensor) -> Tensor:
+    """Put exact zeros where no input within reach is other than 0: a tile's transforms leave rounding there."""
+    largest = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))  # N, 1, h, w
+    reached = F.max_pool2d(largest, 3, 1, 1) > 0
+    return y if bool(reached.all()) else y * reached

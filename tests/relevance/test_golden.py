@@ -77,6 +77,23 @@ def test_power_four_gives_the_maps_from_before_2024(name: str, published: Publis
     assert errors(result.maps, golden).max() < 1e-3
 
 
+@pytest.mark.parametrize("name", ["r18", "r34"])
+def test_maps_agree_to_rounding_with_the_published_reset_batch_norm(name: str, published: Published) -> None:
+    # The published canoniser leaves 1 / sqrt(1 + 1e-5) behind each fused convolution; put there, nothing is left over.
+    arrays, net, images = published(name)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight *= (1 + 1e-5) ** -0.5
+                module.bias *= (1 + 1e-5) ** -0.5
+    result = explain(net, images, arrays["pairs"][:3])
+    golden = arrays["prp_map"][:3]
+    assert errors(result.maps, golden).max() < 1e-5
+    ours = result.maps[:, 0].numpy()
+    assert not ours[golden == 0].any()  # out of reach of the cell
+    assert ours.min() > -1e-6 * ours.max()  # the published maps have no negative pixel
+
+
 @pytest.mark.parametrize("name", ["push_r18", "push_r34"])
 def test_maps_at_push_sources_equal_the_published_codes(name: str, published: Published) -> None:
     arrays, net, images = published(name)

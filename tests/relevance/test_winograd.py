@@ -39,6 +39,18 @@ def test_rounds_no_worse_than_the_direct_form_on_positive_sums() -> None:
     assert error < 5e-6
 
 
+def test_outputs_out_of_reach_of_any_input_are_exactly_zero() -> None:
+    g = torch.Generator().manual_seed(2)
+    x = torch.zeros(2, 8, 12, 12)
+    x[0, 3, 5, 5] = 0.7
+    x[1, :, 0, :4] = -torch.rand(8, 4, generator=g)
+    weight = torch.rand(8, 8, 3, 3, generator=g)
+    result = winograd.convolution(weight)(x.contiguous(memory_format=torch.channels_last))
+    expected = F.conv2d(x, weight, padding=1)
+    assert torch.equal(result == 0, expected == 0)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_pays_only_where_the_products_outweigh_the_transforms() -> None:
     assert winograd.pays(torch.zeros(128, 128, 3, 3))
     assert not winograd.pays(torch.zeros(64, 128, 3, 3))
