@@ -28,7 +28,7 @@ from raystudy.errors import StudyError
 from raystudy.storage import Storage
 from raystudy.streams import stream
 
-RENDER_VERSION = 2  # raised when a change of the drawing changes pixels
+RENDER_VERSION = 3  # raised when a change of the drawing changes pixels
 CHUNK = 64  # films a task
 FEW = 256  # fewer films than this are not worth a second process
 OTHERS = tuple(s for s in SIGNS if s != "Pneumonia")
@@ -160,7 +160,7 @@ def draw_film(settings: PhantomSettings, source: str, image_id: str) -> Film:
         turn=float(rng.normal(0, 0.02)),
         zoom=float(rng.normal(0.98, 0.025)),
         breath=float(rng.normal(0, 0.03)),
-        exposure=float(np.clip(rng.normal(1, 0.05), 0.85, 1.15)),
+        exposure=float(np.clip(rng.normal(1, 0.03), 0.9, 1.1)),
     )
     signs = _signs(finding, settings.sign_strength, rng)
     noise_seed = int(rng.integers(2**63))
@@ -249,18 +249,18 @@ def _signs(finding: str, strength: float, rng: np.random.Generator) -> tuple[Sig
     if finding == NO_FINDING or strength == 0:
         return ()
     if finding == "Cardiomegaly":
-        return (Sign(finding, ((0.0, 0.0, 0.0, 0.0, strength * (0.28 + 0.14 * u[0])),)),)
+        return (Sign(finding, ((0.0, 0.0, 0.0, 0.0, strength * (0.42 + 0.16 * u[0])),)),)
     if finding == "Effusion":
-        return (Sign(finding, ((side * 0.6, -0.04 - 0.14 * u[0], 0.0, 0.0, strength * (0.85 + 0.3 * u[1])),)),)
+        return (Sign(finding, ((side * 0.6, -0.10 - 0.16 * u[0], 0.0, 0.0, strength * (0.85 + 0.3 * u[1])),)),)
     if finding == "Consolidation":
         return (Sign(finding, ((side * 0.4, -0.22 + 0.10 * u[0], 0.0, 0.0, strength * (0.8 + 0.4 * u[1])),)),)
     if finding == "Nodule":
-        count = 1 + int(u[0] * 3)
+        count = 2 + int(u[0] * 3)
         places = [
             (
                 side * (1 if i < 2 else -1) * (0.30 + 0.32 * u[1 + 3 * i]),
                 -0.45 + 0.75 * u[2 + 3 * i],
-                *(2 * (0.055 + 0.03 * u[3 + 3 * i],)),
+                *(2 * (0.070 + 0.04 * u[3 + 3 * i],)),
                 strength,
             )
             for i in range(count)
@@ -284,7 +284,7 @@ def _marks(settings: PhantomSettings, finding: str, rng: np.random.Generator) ->
     shape = np.array([0.020, 0.006, 0.020, 0.006]) if north else np.array([0.006, 0.018, 0.006, 0.022])
     tilt = float(rng.normal(0, 0.004 if north else 0.012)) * settings.collimation
     gamma, contrast, black = (1.05, 1.02, 0.0) if north else (0.96, 0.98, 0.01)
-    drift = rng.normal(0, 0.03, 2)
+    drift = rng.normal(0, 0.02, 2)
     return Marks(
         text=text if tagged else (),
         corner=(float(corner[0] + jitter[0]), float(corner[1] + jitter[1])),

@@ -280,18 +280,18 @@ def _add_sign(thickness: Plane, sign: Sign, chest: _Chest, a: Anatomy) -> Plane:
         elif sign.kind == "Effusion":
             out = np.clip(side - 0.20, 0, 1)
             meniscus = a.dome + chest.pose.breath + cy - 0.55 * out * out
-            thickness = thickness + np.float32(0.62 * strength) * _soft(meniscus - y, 0.022) * half * lung
+            thickness = thickness + np.float32(0.90 * strength) * _soft(meniscus - y, 0.022) * half * lung
         elif sign.kind == "Consolidation":
             fissure = cy + 0.20 * (side - 0.4)
             lobe = _soft(y - fissure, 0.010) * _soft(fissure - 0.45 - y, 0.10)
-            thickness = thickness + np.float32(0.36 * strength) * lobe * half * lung
+            thickness = thickness + np.float32(0.60 * strength) * lobe * half * lung
         elif sign.kind == "Nodule":
-            thickness = thickness + np.float32(0.36 * strength) * _disc(x, y, cx, cy, rx, ry, 0.012)
+            thickness = thickness + np.float32(0.45 * strength) * _disc(x, y, cx, cy, rx, ry, 0.012)
         else:  # Pneumonia: a patchy cloud without an edge
             u, v = (x - cx) * np.float32(1 / rx), (y - cy) * np.float32(1 / ry)
             cloud = np.exp(-0.5 * np.square(u * u + v * v) / 1.5)
             patches = np.clip(0.85 + 0.35 * texture(chest.size, sign.seed, 18), 0.25, 1.7)
-            thickness = thickness + np.float32(0.32 * strength) * cloud * patches * lung
+            thickness = thickness + np.float32(0.52 * strength) * cloud * patches * lung
     return thickness
 
 
