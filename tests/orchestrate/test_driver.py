@@ -203,6 +203,15 @@ def wait_for(study: Path, before: int, driver: subprocess.Popen[str], *events: s
         time.sleep(0.05)
 
 
+def wait_until_locked(study: Path, driver: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Wait until the lock is this driver's; a lock is replaced whole, so it can be read at any time."""
+    until = time.monotonic() + seconds
+    while json.loads((study / "lock.json").read_text())["pid"] != driver.pid:
+        assert driver.poll() is None, "the driver ended before it took the lock"
+        assert time.monotonic() < until, "the driver did not take the lock"
+        time.sleep(0.05)
+
+
 def test_a_killed_and_an_interrupted_driver_leave_a_study_that_ends_with_the_same_bytes(
     films: Path, plain: dict[str, bytes], place: Path
 ) -> None:
@@ -214,8 +223,9 @@ def test_a_killed_and_an_interrupted_driver_leave_a_study_that_ends_with_the_sam
     driver.communicate(timeout=60)
     assert json.loads((study / "lock.json").read_text())["pid"] == driver.pid
 
-    before = count(study, "started", "resumed")
     driver = start_driver(file)
+    wait_until_locked(study, driver)  # what the dead driver's workers still write does not count
+    before = count(study, "started", "resumed")
     wait_for(study, before, driver, "started", "resumed")
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
     out, _ = driver.communicate(timeout=60)
