@@ -37,4 +37,4 @@ test-cluster: $(VENV)/test-installed
 	$(QUIET_SERVICES) $(BIN)/pytest -q -m cluster tests/cluster
 
 test-faults: $(VENV)/test-installed
-	$(QUIET_SERVICES) OMP_NUM_THREADS=1 $(BIN)/pytest -q -m faults tests/faults
+	$(QUIET_SERVICES) OMP_NUM_THREADS=1 $(BIN)/pytest -q -m faults tests

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.orchestrate import tiny
 
 SCRIPT = """
@@ -21,6 +23,9 @@ with connect(cpus=8, gpus=1, dashboard=False):
     outcome = run_study(plan_study(experiment, root), root, work=works.note)
 print(json.dumps(outcome.trained))
 """
+
+
+pytestmark = pytest.mark.faults  # counts overlaps in time: the long form, on a quiet machine
 
 
 def test_four_trials_share_a_gpu_at_a_quarter_and_never_five(tmp_path: Path) -> None:
