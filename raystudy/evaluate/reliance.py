@@ -105,21 +105,34 @@ def verdict(arm: Arm, task: str) -> Verdict:
     if line is None or first is None or last is None:
         sentence = f"Too few mixtures of {task} are finished to say whether its classifier follows the hospital."
         return Verdict(task, "unknown", line, below, above, first, last, sentence)
-    per = f"source reliance changes by {_interval(line)} from 0 % to 100 %"
-    note = f", {line.label}" if line.seeds == 1 else ""
+    ends = (
+        f"from {mixture_name(first.h1_share)} to {mixture_name(last.h1_share)} its source reliance goes from "
+        f"{_interval(first.source_reliance)} to {_interval(last.source_reliance)}"
+    )
+    rests_on = f"; 95 % intervals{f', {line.label}' if line.seeds == 1 else ''}."
     if not line.excludes(0.0):
-        sentence = f"No dependence of the {task} classifier on the hospital is shown: {per}{note}."
-        return Verdict(task, "neither shown", line, below, above, first, last, sentence)
+        sentence = f"No dependence of the {task} classifier on the hospital is shown: {ends}, slope {_interval(line)}"
+        return Verdict(task, "neither shown", line, below, above, first, last, sentence + rests_on)
     follows = "hospital" if line.low > 0 else "inverse"
     verb = "follows the hospital" if follows == "hospital" else "goes against the hospital"
-    nearest = [r for r in (below, above) if r is not None]
-    if nearest:
-        closest = min(nearest, key=lambda r: (abs(r.h1_share - 50), -r.h1_share))
-        already = f"at {mixture_name(closest.h1_share)} its source reliance is {_interval(closest.source_reliance)}"
-    else:
-        already = "at no single mixture does the interval of its source reliance exclude 0"
-    sentence = f"The {task} classifier {verb}: {already}; {per}{note}."
-    return Verdict(task, follows, line, below, above, first, last, sentence)
+    sentence = f"The {task} classifier {verb}: {ends}{_reach(below, above)}{_at_balance(values)}"
+    return Verdict(task, follows, line, below, above, first, last, sentence + rests_on)
+
+
+def _reach(below: Reliance | None, above: Reliance | None) -> str:
+    """Say at which mixtures reliance is beyond doubt."""
+    parts = [f"up to {mixture_name(below.h1_share)}"] if below else []
+    parts += [f"from {mixture_name(above.h1_share)} on"] if above else []
+    return f", beyond doubt {' and '.join(parts)}" if parts else ", at no single mixture beyond doubt"
+
+
+def _at_balance(values: list[Reliance]) -> str:
+    """Say what is seen of the disease at 50H1-50H2, where the hospital tells nothing about the class."""
+    for value in values:
+        if value.h1_share == 50:
+            sees = "it sees the disease" if value.skill.low > 0 else "no skill is shown"
+            return f"; at {mixture_name(50)} {sees} (skill {_interval(value.skill)})"
+    return ""
 
 
 def mixture_name(h1_share: int) -> str:
@@ -147,4 +160,4 @@ def _outermost_run(inwards: list[Reliance]) -> Reliance | None:
 
 
 def _interval(value: Interval) -> str:
-    return f"{value.estimate:+.2f} (95 % interval {value.low:+.2f} to {value.high:+.2f})".replace("-", "−")
+    return f"{value.estimate:+.2f} ({value.low:+.2f} to {value.high:+.2f})".replace("-", "−")

@@ -20,9 +20,10 @@ INK, GRID = "#22272e", "#e3e6ea"
 
 
 def png(figure: Figure, dpi: int = 144) -> bytes:
-    """Return a figure as PNG bytes without a date."""
+    """Return a figure as PNG bytes without a date; its layout is settled by that."""
     sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(sink, format="png", dpi=dpi, metadata={"Software": None})
+    figure.set_layout_engine("none")
     return sink.getvalue()
 
 
@@ -30,7 +31,7 @@ def svg(figure: Figure) -> bytes:
     """Return a figure as SVG bytes without a date."""
     sink = io.BytesIO()
     with rc_context({"svg.hashsalt": "raystudy"}):  # ids of clip paths; random otherwise
-        figure.savefig(sink, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
     return sink.getvalue()
 
 

@@ -261,27 +261,29 @@ def _add_specificity(section: _Section, table: pd.DataFrame) -> None:
 def _add_planted_truth(section: _Section, table: pd.DataFrame) -> None:
     if table.empty:
         return
+    kinds = sorted(table["mask"].unique())
     rows = []
     for share, group in table.groupby("h1_share"):
         cells = [panels.mixture_name(int(str(share)))]
-        for kind in sorted(table["mask"].unique()):
+        for kind in kinds:
             one = group[(group["mask"] == kind) & (group["area_share"] > 0)]
-            weights = one["multiplicity"].to_numpy(float)
             if not len(one):
-                cells += ["–", "–"]
+                cells += ["–"] * 3
                 continue
-            cells.append(f"{100 * (one['positive_share'] * weights).sum() / weights.sum():.1f} %")
-            cells.append(f"{100 * (one['area_share'] * weights).sum() / weights.sum():.1f} %")
+            relevance, area = (
+                np.average(one[c], weights=one["multiplicity"]) for c in ("positive_share", "area_share")
+            )
+            cells += [f"{100 * relevance:.1f} %", f"{100 * area:.1f} %", f"{relevance / area:.1f} ×"]
         rows.append([*cells, str(len(group))])
     columns = ["mixture"]
-    for kind in sorted(table["mask"].unique()):
-        columns += [f"relevance in {kind}", f"area of {kind}"]
+    for kind in kinds:
+        columns += [f"relevance in {kind}", f"area of {kind}", "ratio"]
     section.tables.append(
         {
             "title": "Planted truth: where the prototypes' relevance lies",
             "columns": [*columns, "n"],
             "rows": rows,
-            "note": "Share of positive PRP relevance inside the planted masks, over prototypes whose film carries one.",
+            "note": "Share of positive PRP relevance inside the planted masks, over prototypes whose film carries one. A ratio of 1 is what relevance without any aim would reach.",
         }
     )
 

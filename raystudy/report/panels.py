@@ -66,7 +66,7 @@ def mixture_name(share: int) -> str:
 
 def class_map_grid(trials: Sequence[Explained], class_names: Sequence[str], title: str) -> Figure:
     """Fig. 5: global class maps, one column a mixture, one row a class."""
-    figure = Figure(figsize=(max(4.0, 1.35 * len(trials) + 0.6), 3.5), layout="constrained")
+    figure = Figure(figsize=(max(4.0, 1.0 * len(trials) + 0.4), 2.9), layout="constrained")
     grid = figure.subplots(2, len(trials), squeeze=False)
     for column, trial in enumerate(trials):
         for label in (0, 1):
@@ -74,8 +74,9 @@ def class_map_grid(trials: Sequence[Explained], class_names: Sequence[str], titl
             axes.imshow(trial.class_maps[label], cmap="seismic", vmin=-1, vmax=1, interpolation="nearest")
             _bare(axes)
             if column == 0:
-                axes.set_ylabel(class_names[label], fontsize=8)
-        grid[0][column].set_title(mixture_name(int(trial.trial.spec["h1_share"])), fontsize=8)
+                axes.set_ylabel(class_names[label], fontsize=9)
+        share = int(trial.trial.spec["h1_share"])
+        grid[0][column].set_title(mixture_name(share).replace("-", "-\n"), fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
 

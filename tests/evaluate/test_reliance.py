@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -31,8 +33,12 @@ def predictions(follow: float, seed: int = 0, n: int = 60, skill: float = 0.3) -
     return pd.DataFrame(rows, columns=columns)
 
 
-def arm_of(follow: dict[int, float], seeds: int = 3):
-    trials = [TrialPredictions(x, s, predictions(f, 1000 * x + s)) for x, f in follow.items() for s in range(seeds)]
+def arm_of(follow: dict[int, float], seeds: int = 3, skill: float = 0.3):
+    trials = [
+        TrialPredictions(x, s, predictions(f, 1000 * x + s, skill=skill))
+        for x, f in follow.items()
+        for s in range(seeds)
+    ]
     return build_arm(trials, 0, resamples=300)
 
 
@@ -76,11 +82,18 @@ def test_threshold_is_the_mixture_nearest_to_balance_from_which_on_zero_is_exclu
     assert threshold([r for r in values if r.h1_share == 50]) == (None, None)
 
 
-def test_the_sentence_names_the_mixture_the_number_and_its_interval() -> None:
+def test_the_sentence_tells_both_ends_the_reach_and_the_balanced_mixture_with_intervals() -> None:
     found = verdict(arm_of({0: -0.9, 40: -0.5, 50: 0.0, 60: 0.6, 100: 0.9}), "pneumonia")
     assert found.follows == "hospital"
-    assert found.sentence.startswith("The pneumonia classifier follows the hospital: at 60H1-40H2 ")
-    assert "95 % interval" in found.sentence
+    number = r"[+−]\d\.\d\d \([+−]\d\.\d\d to [+−]\d\.\d\d\)"
+    assert re.fullmatch(
+        "The pneumonia classifier follows the hospital: from 0H1-100H2 to 100H1-0H2 its source reliance goes from "
+        f"{number} to {number}, beyond doubt up to 40H1-60H2 and from 60H1-40H2 on; "
+        rf"at 50H1-50H2 (it sees the disease|no skill is shown) \(skill {number}\); 95 % intervals\.",
+        found.sentence,
+    )
+    assert found.first is not None
+    assert f"goes from −{abs(found.first.source_reliance.estimate):.2f} (" in found.sentence
     fair = verdict(arm_of({0: 0.0, 50: 0.0, 100: 0.0}), "pneumonia")
     assert fair.follows == "neither shown"
     assert fair.sentence.startswith("No dependence of the pneumonia classifier on the hospital is shown")
@@ -88,6 +101,12 @@ def test_the_sentence_names_the_mixture_the_number_and_its_interval() -> None:
     assert inverse.follows == "inverse"
     assert verdict(arm_of({0: 0.9}), "pneumonia").follows == "unknown"
     assert mixture_name(60) == "60H1-40H2"
+
+
+def test_the_sentence_claims_the_disease_only_where_skill_is_beyond_doubt() -> None:
+    follow = {0: -0.9, 50: 0.0, 100: 0.9}
+    assert "at 50H1-50H2 it sees the disease (skill +1.00" in verdict(arm_of(follow, skill=1.0), "x").sentence
+    assert "at 50H1-50H2 no skill is shown (skill" in verdict(arm_of(follow, skill=0.0), "x").sentence
 
 
 def test_one_seed_is_called_conditional_on_this_training_run() -> None:
