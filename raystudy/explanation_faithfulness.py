@@ -198,12 +198,14 @@ def pairs_table(rows: list[dict[str, object]]) -> pa.Table:
 
 def mask_share_table(rows: list[dict[str, object]], masks: Masks) -> pa.Table:
     """Return `mask_share.parquet`: how much positive relevance lies inside each truth mask, beside the mask's area."""
+    ids = sorted({str(row["image_id"]) for row in rows})
+    areas = {i: {kind: float(mask.mean()) for kind, mask in masks.get(i, {}).items()} for i in ids}  # drawn once a film
     found = [
         {
             **{name: row[name] for name in ("image_id", "source", "prototype", "multiplicity", "method")},
             "mask": key.removeprefix("inside "),
             "positive_share": value,
-            "area_share": float(masks[str(row["image_id"])][key.removeprefix("inside ")].mean()),
+            "area_share": areas[str(row["image_id"])][key.removeprefix("inside ")],
         }
         for row in rows
         for key, value in row.items()
