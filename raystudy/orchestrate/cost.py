@@ -55,16 +55,18 @@ def estimate(plan: StudyPlan, measure: bool = True) -> Cost:
     training = experiment.training
     train = max(int((t.cohort["role"] == "train").sum()) for t in trials)
     steps = -(-train // training.batch_size) * (training.epochs - training.warm_epochs)
-    storage = sum(_trial_bytes(t) for t in trials) + len(plan.image_table) * experiment.images.size**2
+    suggestions = experiment.search.trials if experiment.search else 1  # each is tried on all planned trials
+    storage = suggestions * sum(_trial_bytes(t) for t in trials) + len(plan.image_table) * experiment.images.size**2
+    n = len(trials) * suggestions
     if experiment.resources.gpus > 0 and not torch.cuda.is_available():
-        return Cost(len(trials), steps, storage, None, None, "the trials ask for a GPU and there is none here")
+        return Cost(n, steps, storage, None, None, "the trials ask for a GPU and there is none here")
     if not measure:
-        return Cost(len(trials), steps, storage, None, None, "not measured")
-    concurrent = _concurrent(experiment, len(trials))
+        return Cost(n, steps, storage, None, None, "not measured")
+    concurrent = _concurrent(experiment, n)
     rates = _measure(experiment)
-    work = sum(_trial_seconds(t, rates) + TRIAL_SECONDS for t in trials)
+    work = suggestions * sum(_trial_seconds(t, rates) + TRIAL_SECONDS for t in trials)
     prepare = len(plan.image_table) / (PREPARE_RATE * _cores())
-    return Cost(len(trials), steps, storage, FIXED_SECONDS + prepare + work / concurrent, concurrent)
+    return Cost(n, steps, storage, FIXED_SECONDS + prepare + work / concurrent, concurrent)
 
 
 def _concurrent(experiment: Experiment, trials: int) -> int:

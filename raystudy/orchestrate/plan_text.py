@@ -15,6 +15,7 @@ from raystudy.config import Experiment
 from raystudy.errors import StudyError
 from raystudy.orchestrate.cost import Cost, estimate
 from raystudy.orchestrate.plan import StudyPlan, plan_study
+from raystudy.orchestrate.search import search_experiment
 from raystudy.status_text import clock
 from raystudy.storage import open_storage
 
@@ -23,7 +24,8 @@ FEWEST_JOINT_STEPS = 500
 
 def print_plan(experiment: Experiment, as_json: bool) -> None:
     """Print the plan of an experiment; trains nothing and reads no pixel."""
-    plan = plan_study(experiment, open_storage(experiment.storage))
+    asked = search_experiment(experiment) if experiment.search else experiment
+    plan = plan_study(asked, open_storage(experiment.storage))
     arm = plan.arms[0]
     cohorts = plan_cohorts(arm.cohorts, arm.experiment.tasks, arm.experiment.sources, arm.experiment.cohort)
     cost = estimate(plan)
@@ -88,6 +90,7 @@ def _as_dict(plan: StudyPlan, cohorts: CohortPlan, cost: Cost) -> dict[str, Any]
 def _print_tables(plan: StudyPlan, cohorts: CohortPlan, cost: Cost, console: Console) -> None:
     experiment = plan.experiment
     axes = "".join(f" × {len(v)} {k}" for k, v in experiment.axes.items())
+    axes += f" × {experiment.search.trials} suggestions" if experiment.search else ""
     parts = f"{len(experiment.tasks)} tasks × {len(experiment.mixtures)} mixtures × {len(experiment.seeds)} seeds"
     console.print(f"[bold]{experiment.name}[/bold]: {cost.trials} trials ({parts}{axes})")
     console.print(f"{cohorts.images} films of {cohorts.patients} patients; patients in two splits: {cohorts.overlap}")
