@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from raystudy.cli import app
@@ -19,6 +20,7 @@ from tests.orchestrate import tiny
 from tests.tiny_study import TinyStudy
 
 RAYSTUDY = str(Path(sys.executable).parent / "raystudy")
+DEMO = Path(__file__).parents[1] / "experiments/demo.yaml"
 VERBS = ("plan", "prepare", "run", "status", "report", "explain", "submit", "stop", "doctor")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
 
@@ -153,3 +155,28 @@ def test_a_run_of_a_finished_study_says_so_within_seconds(tiny_study: TinyStudy,
     code, output = raystudy("status", tiny_study.file, "--storage", tmp_path, "--json")
     assert code == 0
     assert '"finished": 3' in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_films_are_written_ends_with_130_and_leaves_whole_films(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    tree = yaml.safe_load(DEMO.read_text()) | {"storage": str(tmp_path)}
+    file = tmp_path / "phantoms.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT", RAYSTUDY, "prepare", str(file)],  # background jobs of a shell ignore it
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("_phantoms/*/*.png"))) < 100:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "same command" in output
+    for film in tmp_path.glob("_phantoms/*/*.png"):
+        Image.open(film).verify()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,9 +79,23 @@ def connect(
         options |= {"address": address, "runtime_env": _runtime_env()}
     page = _init(address, options)
     try:
-        yield _describe(address is None, page)
+        with _sigterm_as_ctrl_c():
+            yield _describe(address is None, page)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C; Ray's own handler would abort the process in the middle of what it does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def _init(address: str | None, options: dict[str, Any]) -> str | None:
