@@ -16,7 +16,7 @@ class ExplainSettings:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, never changed)
 
     enabled: bool = True
-    rule: str = "published"
+    rule: Literal["published", "separating"] = "published"
     l2_power: int = 2
     l2_eps: float = 1e-12
     prp_scale: Literal["unit", "score"] = "unit"
