@@ -43,6 +43,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+WIDE = 200  # columns of a table that goes into a file or a pipe
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment file, e.g. experiments/demo.yaml.")]
 Overrides = Annotated[
     list[str] | None,
@@ -151,7 +152,7 @@ def status(
         print(json.dumps(as_dict(study.status()), indent=2))
         return
     if not watch:
-        Console().print(table(study.status()))
+        Console(width=None if sys.stdout.isatty() else WIDE).print(table(study.status()))
         return
     with Live(table(study.status()), refresh_per_second=2) as live:
         while True:

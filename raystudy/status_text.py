@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from raystudy.study import STATES, StudyStatus
+from raystudy.study import STATES, StudyStatus, TrialStatus
 
+COLUMNS = ("trial", "state", "stage", "epoch", "images/s", "left", "validation", "explained", "message")
 COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "diverged": "magenta", "interrupted": "yellow"}
 
 
@@ -27,23 +31,31 @@ def clock(seconds: float | None) -> str:
 
 
 def table(status: StudyStatus) -> Table:
-    """Return one row a trial and the counts by state as the title."""
+    """Return one row a trial and the counts by state as the title; columns that say nothing are left out."""
     counts = ", ".join(f"{status.counts[s]} {s}" for s in STATES if status.counts[s])
     driver = f"driver {status.driver.get('owner', '?')}" if status.driver else "no driver"
-    out = Table(title=f"{status.study}: {len(status.trials)} trials ({counts}); {driver}", title_justify="left")
-    for name in ("trial", "state", "stage", "epoch", "images/s", "left", "validation", "explained", "message"):
-        out.add_column(name, overflow="fold")
-    for trial in status.trials:
-        colour = COLOURS.get(trial.state, "white")
-        out.add_row(
-            trial.trial_id,
-            f"[{colour}]{trial.state}[/{colour}]",
-            trial.stage,
-            f"{trial.epoch}/{trial.epochs}" if trial.epochs else "",
-            f"{trial.images_per_second:.0f}" if trial.images_per_second else "",
-            clock(trial.seconds_left) if trial.state == "running" else "",
-            f"{trial.val_accuracy:.1f} %" if trial.val_accuracy is not None else "",
-            str(len(trial.explained)) if trial.explained else "",
-            trial.message,
-        )
+    rows = [_row(trial) for trial in status.trials]
+    filled = [i for i in range(len(COLUMNS)) if i < 2 or any(row[i] for row in rows)]
+    title = f"{status.study}: {len(status.trials)} trials ({counts}); {driver}"
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for i in filled:
+        width = max((len(Text.from_markup(row[i])) for row in rows), default=0) if i < 2 else None
+        out.add_column(COLUMNS[i], no_wrap=i < 2, min_width=width, overflow="fold")
+    for row in rows:
+        out.add_row(*(row[i] for i in filled))
     return out
+
+
+def _row(trial: TrialStatus) -> list[str]:
+    colour = COLOURS.get(trial.state, "white")
+    return [
+        trial.trial_id,
+        f"[{colour}]{trial.state}[/{colour}]",
+        trial.stage if trial.state != "finished" else "",
+        f"{trial.epoch}/{trial.epochs}" if trial.epochs else "",
+        f"{trial.images_per_second:.0f}" if trial.images_per_second else "",
+        clock(trial.seconds_left) if trial.state == "running" else "",
+        f"{trial.val_accuracy:.1f} %" if trial.val_accuracy is not None else "",
+        str(len(trial.explained)) if trial.explained else "",
+        escape(trial.message),
+    ]
