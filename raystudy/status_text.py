@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from rich import box
-from rich.markup import escape
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from raystudy.study import STATES, StudyStatus, TrialStatus
 
-COLUMNS = ("trial", "state", "stage", "epoch", "images/s", "left", "validation", "explained", "message")
+COLUMNS = ("trial", "state", "stage", "epoch", "images/s", "left", "validation", "explained")
 COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "diverged": "magenta", "interrupted": "yellow"}
 
 
@@ -30,8 +30,11 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def table(status: StudyStatus) -> Table:
-    """Return one row a trial and the counts by state as the title; columns that say nothing are left out."""
+def table(status: StudyStatus) -> Group:
+    """Return one row a trial and the counts by state as the title; columns that say nothing are left out.
+
+    Below it stand the messages of trials that have one.
+    """
     counts = ", ".join(f"{status.counts[s]} {s}" for s in STATES if status.counts[s])
     driver = f"driver {status.driver.get('owner', '?')}" if status.driver else "no driver"
     rows = [_row(trial) for trial in status.trials]
@@ -39,11 +42,11 @@ def table(status: StudyStatus) -> Table:
     title = f"{status.study}: {len(status.trials)} trials ({counts}); {driver}"
     out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i in filled:
-        width = max((len(Text.from_markup(row[i])) for row in rows), default=0) if i < 2 else None
-        out.add_column(COLUMNS[i], no_wrap=i < 2, min_width=width, overflow="fold")
+        width = max(len(Text.from_markup(text)) for text in [COLUMNS[i], *(row[i] for row in rows)])
+        out.add_column(COLUMNS[i], no_wrap=True, min_width=width)
     for row in rows:
         out.add_row(*(row[i] for i in filled))
-    return out
+    return Group(out, *(Text(f"{t.trial_id}: {t.message}") for t in status.trials if t.message))
 
 
 def _row(trial: TrialStatus) -> list[str]:
@@ -57,5 +60,4 @@ def _row(trial: TrialStatus) -> list[str]:
         clock(trial.seconds_left) if trial.state == "running" else "",
         f"{trial.val_accuracy:.1f} %" if trial.val_accuracy is not None else "",
         str(len(trial.explained)) if trial.explained else "",
-        escape(trial.message),
     ]
