@@ -119,7 +119,16 @@ def masked_scores(
     image : (3, H, W) normalised.
     maps : by method (K, H, W), or (1, H, W) where all prototypes share one map.
     ties : (H, W).  noise : (3, H, W) in pixel space; both shared by methods and prototypes.
+
+    Raises
+    ------
+    ValueError for a stack that holds neither one map nor one of each prototype, and as `masked_similarities`.
     """
+    for method, stack in maps.items():
+        if len(stack) not in (1, len(prototypes)):
+            raise ValueError(
+                f"{method} must have 1 map or one of each of {len(prototypes)} prototypes, not {len(stack)}"
+            )
     masks = {method: least_activated(stack, ties, share) for method, stack in maps.items()}
     together = torch.from_numpy(np.concatenate(list(masks.values())))
     scores = masked_similarities(model, image, together, torch.from_numpy(noise)).cpu().numpy()  # sum of K, P
@@ -143,13 +152,26 @@ class PairMaker:
     study_seed: int
     device: torch.device
 
+    def __post_init__(self) -> None:
+        if any(module.training for module in self.model.modules()):
+            raise ValueError("AD/AI looks at a model in eval mode: call model.eval() first")
+        named = [u.prototype for u in self.unique]
+        if not named or not 0 <= min(named) <= max(named) < self.explainer.n_prototypes:
+            raise ValueError(f"prototypes must lie in 0..{self.explainer.n_prototypes - 1}, not {named}")
+
     def rows(self, row: Mapping[str, Any], grey: NDArray[np.uint8], masks: Masks | None) -> list[dict[str, object]]:
         """Return the pair rows of one image.
 
         Parameters
         ----------
         row : its line of the test table.  grey : (S, S).  masks : see `explain_trial`.
+
+        Raises
+        ------
+        ValueError for pixels that are no grey film, or a score that is not positive.
         """
+        if grey.ndim != 2 or grey.dtype != np.uint8:
+            raise ValueError(f"a film must be (H, W) grey bytes, not {grey.shape} {grey.dtype}")
         settings, image_id = self.settings, str(row["image_id"])
         size = (grey.shape[0], grey.shape[1])
         image = normalise(torch.from_numpy(grey.copy()).to(self.device).unsqueeze(0))[0]  # 3, S, S

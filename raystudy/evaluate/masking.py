@@ -111,7 +111,19 @@ def masked_similarities(
     Parameters
     ----------
     model : a ProtoPNet in eval mode, un-canonised; positions are maximised over anew.
+    image : (3, H, W) normalised.  masks : (K, H, W) bool.  noise : (3, H, W) in pixel space.
+
+    Raises
+    ------
+    ValueError for a model in training mode, other shapes, or an image that is not finite, before any work.
     """
+    if any(module.training for module in model.modules()):
+        raise ValueError("masked images are scored in eval mode: call model.eval() first")
+    if image.ndim != 3 or image.shape[0] != 3 or noise.shape != image.shape or masks.shape[1:] != image.shape[1:]:
+        shapes = f"{tuple(image.shape)}, {tuple(noise.shape)} and {tuple(masks.shape)}"
+        raise ValueError(f"image and noise must be (3, H, W) and masks (K, H, W), not {shapes}")
+    if not bool(torch.isfinite(image).all()):
+        raise ValueError("the image must be finite: a pixel is NaN or infinite")
     parts = [
         model(masked_images(image, masks[at : at + batch_size], noise)).similarities
         for at in range(0, len(masks), batch_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,27 @@ def test_scores_do_not_depend_on_how_many_masked_images_go_together() -> None:
     )[0]
     masks = torch.rand(7, 16, 16, generator=torch.Generator().manual_seed(1)) < 0.5
     noise = torch.from_numpy(mask_noise(0, "a", 0, (16, 16)))
-    together = masked_similarities(Brightest(), image, masks, noise)
+    together = masked_similarities(Brightest().eval(), image, masks, noise)
     assert together.shape == (7, 2)
-    assert torch.equal(together, masked_similarities(Brightest(), image, masks, noise, batch_size=3))
+    assert torch.equal(together, masked_similarities(Brightest().eval(), image, masks, noise, batch_size=3))
+
+
+@pytest.mark.parametrize(
+    ("changed", "rule"),
+    [
+        ({"model": Brightest()}, "eval mode"),
+        ({"image": torch.zeros(1, 8, 8)}, r"image and noise must be \(3, H, W\)"),
+        ({"image": torch.zeros(3, 8, 9)}, r"masks \(K, H, W\)"),
+        ({"noise": torch.zeros(1, 8, 8)}, r"image and noise must be \(3, H, W\)"),
+        ({"masks": torch.zeros(2, 9, 8, dtype=torch.bool)}, r"masks \(K, H, W\)"),
+        ({"image": torch.full((3, 8, 8), torch.nan)}, "a pixel is NaN"),
+    ],
+)
+def test_what_cannot_be_masked_or_scored_is_refused_by_rule(changed: dict[str, Any], rule: str) -> None:
+    fitting: dict[str, Any] = {
+        "model": Brightest().eval(), "image": torch.zeros(3, 8, 8), "masks": torch.zeros(2, 8, 8, dtype=torch.bool),
+        "noise": torch.zeros(3, 8, 8),
+    }  # fmt: skip
+    assert masked_similarities(**fitting).shape == (2, 2)
+    with pytest.raises(ValueError, match=rule):
+        masked_similarities(**{**fitting, **changed})
