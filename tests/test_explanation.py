@@ -369,7 +369,9 @@ def test_a_map_that_keeps_all_that_counts_has_no_drop() -> None:
     right[0, :8, :8], wrong[0, 8:, 8:] = 1, 1
     rng = np.random.default_rng(0)
     noise = np.zeros((3, 16, 16), np.float32)
-    after = masked_scores(KeepsTheCorner().eval(), image, [0], {"right": right, "wrong": wrong}, rng.random((16, 16)), noise)
+    after = masked_scores(
+        KeepsTheCorner().eval(), image, [0], {"right": right, "wrong": wrong}, rng.random((16, 16)), noise
+    )
     before = KeepsTheCorner()(image[None]).similarities.numpy()[0]
     assert average_drop(before, after["right"]) == 0
     assert average_drop(before, after["wrong"]) > 5
