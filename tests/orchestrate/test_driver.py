@@ -84,7 +84,7 @@ def test_a_changed_spec_is_told_before_other_trials_start(films: Path, place: Pa
     run_tiny(films, place, work=works.null, executor="plain")
     said = Said()
     run_tiny(films, place, ["training.epochs=4"], works.null, shown=said, executor="plain")
-    assert any("training.epochs: 2 -> 4  (3 trials)" in line for line in said.lines)
+    assert any("training.epochs: 2 → 4  (3 trials)" in line for line in said.lines)
     assert len(list((place / "tiny" / "trials").iterdir())) == 6
 
 
