@@ -27,6 +27,7 @@ import raystudy
 from raystudy.errors import StudyError
 
 EXPLAIN = "explain"  # the resource that explanation tasks take
+WORKERS_A_CPU = 6  # idle ones stay: a new process of an explanation would import torch again
 REACH_SECONDS = 5.0
 NO_SECRETS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ALLOW_HTTP")
 
@@ -74,6 +75,7 @@ def connect(
         n_cpus = cpus or len(os.sched_getaffinity(0))
         options |= {"address": "local", "num_cpus": n_cpus, "num_gpus": gpus, "include_dashboard": dashboard}
         options |= {"resources": {EXPLAIN: float(max(1, n_cpus))}}
+        options |= {"_system_config": {"num_workers_soft_limit": WORKERS_A_CPU * n_cpus}}
     else:
         check_address(address)
         options |= {"address": address, "runtime_env": _runtime_env()}
