@@ -70,10 +70,12 @@ class LocalFolder:
 
     def list(self, prefix: str) -> Iterator[str]:
         with self._refusals(prefix):
+            start = len(os.path.join(self.root, ""))
             for folder, _, names in os.walk(self.root / prefix):
+                above = f"{folder}/"[start:]
                 for name in names:
-                    if not ASIDE.match(name):
-                        yield (Path(folder) / name).relative_to(self.root).as_posix()
+                    if not (name.startswith(".") and ASIDE.match(name)):
+                        yield above + name
 
     def stamps(self, folder: str) -> dict[str, FileStamp]:
         found: dict[str, FileStamp] = {}

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
+from rich.text import Span, Text
 
 from raystudy.study import STATES, StudyStatus, TrialStatus
 
@@ -33,31 +31,31 @@ def clock(seconds: float | None) -> str:
 def table(status: StudyStatus) -> Group:
     """Return one row a trial and the counts by state as the title; columns that say nothing are left out.
 
-    Below it stand the messages of trials that have one.
+    Below it stand the messages of trials that have one.  Plain lines: thousands of rows are there at once.
     """
     counts = ", ".join(f"{status.counts[s]} {s}" for s in STATES if status.counts[s])
     driver = f"driver {status.driver.get('owner', '?')}" if status.driver else "no driver"
-    rows = [_row(trial) for trial in status.trials]
-    filled = [i for i in range(len(COLUMNS)) if i < 2 or any(row[i] for row in rows)]
-    title = f"{status.study}: {len(status.trials)} trials ({counts}); {driver}"
-    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for i in filled:
-        width = max(len(Text.from_markup(text)) for text in [COLUMNS[i], *(row[i] for row in rows)])
-        out.add_column(COLUMNS[i], no_wrap=True, min_width=width)
-    for row in rows:
-        out.add_row(*(row[i] for i in filled))
-    return Group(out, *(Text(f"{t.trial_id}: {t.message}") for t in status.trials if t.message))
+    rows = [COLUMNS, *(_row(trial) for trial in status.trials)]
+    filled = [i for i in range(len(COLUMNS)) if i < 2 or any(row[i] for row in rows[1:])]
+    widths = {i: max(len(row[i]) for row in rows) for i in filled}
+    head, *lines = ("  ".join(row[i].ljust(widths[i]) for i in filled) for row in rows)
+    out = [Text(head, "bold", no_wrap=True), Text("─" * len(head), "dim", no_wrap=True)]
+    at = widths[0] + 2  # where the state stands
+    for trial, line in zip(status.trials, lines, strict=True):
+        spans = [Span(at, at + len(trial.state), COLOURS[trial.state])] if trial.state in COLOURS else []
+        out.append(Text(line.rstrip(), no_wrap=True, spans=spans))
+    title = Text(f"{status.study}: {len(status.trials)} trials ({counts}); {driver}", "italic")
+    return Group(title, Text(), *out, *(Text(f"{t.trial_id}: {t.message}") for t in status.trials if t.message))
 
 
-def _row(trial: TrialStatus) -> list[str]:
-    colour = COLOURS.get(trial.state, "white")
-    return [
+def _row(trial: TrialStatus) -> tuple[str, ...]:
+    return (
         trial.trial_id,
-        f"[{colour}]{trial.state}[/{colour}]",
+        trial.state,
         trial.stage if trial.state != "finished" else "",
         f"{trial.epoch}/{trial.epochs}" if trial.epochs else "",
         f"{trial.images_per_second:.0f}" if trial.images_per_second else "",
         clock(trial.seconds_left) if trial.state == "running" else "",
         f"{trial.val_accuracy:.1f} %" if trial.val_accuracy is not None else "",
         str(len(trial.explained)) if trial.explained else "",
-    ]
+    )
