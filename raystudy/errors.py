@@ -27,5 +27,16 @@ class StudyError(Exception):
         return _rebuild, (self.what, self.where, self.remedy)
 
 
+class DamagedFileError(StudyError, ValueError):
+    """A file whose bytes are not those that were written: torn, or with a flipped bit."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_damaged, (self.what, self.where, self.remedy)
+
+
 def _rebuild(what: str, where: str | None, remedy: str | None) -> StudyError:
     return StudyError(what, where=where, remedy=remedy)
+
+
+def _rebuild_damaged(what: str, where: str | None, remedy: str | None) -> DamagedFileError:
+    return DamagedFileError(what, where=where, remedy=remedy)

@@ -17,7 +17,8 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from raystudy.explanation_chunks import Pieces, Watch, exact_numerics
+from raystudy.errors import DamagedFileError
+from raystudy.explanation_chunks import FOLDER, Pieces, Watch, exact_numerics
 from raystudy.explanation_faithfulness import (
     Masks,
     PairMaker,
@@ -30,9 +31,9 @@ from raystudy.explanation_prototypes import SUPERPOSITION, PrototypeJob, Sources
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.relevance import unique_prototypes
+from raystudy.results import DONE, PROTOTYPES, damaged_files, read_result, sealed, write_sealed
 from raystudy.storage import Storage
 from raystudy.trial import load_model
-from raystudy.trial_files import read_result
 from raystudy.trial_spec import TrialSpec
 
 Job = Literal["faithfulness", "prototypes"]
@@ -66,8 +67,12 @@ def job_directory(job: Job, settings: ExplainSettings) -> str:
 
 
 def explained(job: Job, storage: Storage, settings: ExplainSettings) -> bool:
-    """Whether a job of a trial's directory is done."""
-    return storage.exists(f"{job_directory(job, settings)}/done.json")
+    """Whether a job of a trial's directory is done and its files are what was written."""
+    place = storage.child(*job_directory(job, settings).split("/"))
+    try:
+        return place.exists(DONE) and not damaged_files(place, DONE)
+    except DamagedFileError:
+        return False
 
 
 def explain_trial(
@@ -85,7 +90,7 @@ def explain_trial(
     masks: Masks | None = None,
     chunk: int = IMAGES_PER_CHUNK,
 ) -> None:
-    """Do one job of a finished trial, or the rest of it; a done one is left alone.
+    """Do one job of a finished trial, or the rest of it; a done one is left alone unless its files are damaged.
 
     Parameters
     ----------
@@ -103,8 +108,9 @@ def explain_trial(
     ValueError : the trial is not finished, or rows, pixels and settings do not fit together.
     """
     place = storage.child(*job_directory(job, settings).split("/"))
-    if place.exists("done.json"):
+    if explained(job, storage, settings):
         return
+    place.delete(DONE)  # of damaged files
     result = read_result(storage)
     if result is None or result["status"] != "finished":
         raise ValueError(f"only a finished trial can be explained: {spec.trial_id}")
@@ -130,8 +136,9 @@ def explain_trial(
                 model, explainer, unique, sources, ids, images, settings, spec.study_seed, device, frozen
             )
             done = _prototypes(work, place, identity, watch, masks)
-    place.write_json("done.json", {**identity, **done, "trial_id": spec.trial_id})
-    place.delete_tree("chunks")
+    files = [name for name in place.list() if name.split("/")[0] not in (DONE, FOLDER, "failed.json")]
+    write_sealed(place, DONE, {**identity, **done, "trial_id": spec.trial_id}, files)
+    place.delete_tree(FOLDER)
 
 
 def _faithfulness(
@@ -194,6 +201,6 @@ def _prototypes(
 
 
 def _sources(storage: Storage) -> Sources:
-    table = storage.read_table("prototypes.parquet").sort_by("prototype")
+    table = sealed(storage).read_table(PROTOTYPES).sort_by("prototype")
     columns = {name: table.column(name).to_pylist() for name in ("image_id", "row", "col", "class")}
     return Sources(columns["image_id"], columns["row"], columns["col"], columns["class"])

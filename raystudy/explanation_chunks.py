@@ -1,11 +1,13 @@
 """Long explanation jobs in pieces: every piece is a file, so a killed job repeats at most one of them.
 
 In: how many items there are and a function that computes a range of them to bytes.  Out: the pieces in order.  Pieces
-are named by their range and belong to one identity (trial, settings); pieces of another identity are thrown away.
+are named by their range and belong to one identity (trial, settings); pieces of another identity are thrown away, and
+a damaged one is computed again.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,13 +53,12 @@ class Pieces:
         for start in range(0, count, size):
             part = range(start, min(start + size, count))
             path = f"{FOLDER}/{name}-{part.start:06d}-{part.stop:06d}"
-            if path in self._files:
-                pieces.append(self._directory.read_bytes(path))
-            else:
+            data = _opened(self._directory.read_bytes(path)) if path in self._files else None
+            if data is None:
                 self._watch.check()
                 data = compute(part)
-                self._directory.write_bytes(path, data)
-                pieces.append(data)
+                self._directory.write_bytes(path, hashlib.sha256(data).digest() + data)
+            pieces.append(data)
             self._done += len(part)
             self._watch.progress(self._done, self._total)
         return pieces
@@ -69,6 +70,12 @@ class Pieces:
     def clear(self) -> None:
         """Delete the pieces, once what was made of them is written."""
         self._directory.delete_tree(FOLDER)
+
+
+def _opened(piece: bytes) -> bytes | None:
+    """Return what a piece holds behind its checksum, or None when it is damaged."""
+    data = piece[32:]
+    return data if hashlib.sha256(data).digest() == piece[:32] else None
 
 
 @contextmanager

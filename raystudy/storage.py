@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from raystudy.errors import StudyError
+from raystudy.errors import DamagedFileError, StudyError
 from raystudy.object_stores import ArrowFolder, Backend, FileStamp, LocalFolder
 
 RETRY_SECONDS = 60.0
+REMEDY = "delete this file and run the same command again"
 EVENT_READERS = 16  # concurrent requests when events are read from object storage
 
 _AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION")
@@ -94,15 +96,37 @@ class Storage:
         self._backend.delete_tree(_checked(path) if path else "")
 
     def read_json(self, path: str) -> Any:
-        return json.loads(self.read_bytes(path))
+        """Read a JSON file.
+
+        Raises
+        ------
+        DamagedFileError : it is none.
+        """
+        data = self.read_bytes(path)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise self._damage(path, error) from error
 
     def write_json(self, path: str, value: object) -> None:
         """Write JSON with sorted keys, so that equal values are equal bytes."""
-        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        self.write_bytes(path, (text + "\n").encode())
+        self.write_bytes(path, json_bytes(value))
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        return pq.read_table(pa.BufferReader(self.read_bytes(path)), columns=columns)
+        """Read a Parquet file.
+
+        Raises
+        ------
+        DamagedFileError : it is none.
+        """
+        return self.parse_table(path, self.read_bytes(path), columns)
+
+    def parse_table(self, path: str, data: bytes, columns: list[str] | None = None) -> pa.Table:
+        """Return the table of a Parquet file that was read already."""
+        try:
+            return pq.read_table(pa.BufferReader(data), columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damage(path, error) from error
 
     def write_table(self, path: str, table: pa.Table) -> None:
         sink = io.BytesIO()
@@ -111,7 +135,7 @@ class Storage:
 
     def append_event(self, path: str, event: Mapping[str, object]) -> None:
         """Append one event: a JSON line of a local file, the next numbered object on object storage."""
-        line = json.dumps(event, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = _event_line(event)
         backend = self._backend
         if isinstance(backend, LocalFolder):
             backend.append(_checked(path), line)
@@ -122,7 +146,7 @@ class Storage:
         _last_event[self.uri, path] = number + 1
 
     def read_events(self, path: str, start: int = 0) -> list[dict[str, Any]]:
-        """Return the events from number ``start`` on; a line that a crash cut off is left out."""
+        """Return the events from number ``start`` on; a line that a crash cut off, or that is damaged, is left out."""
         if isinstance(self._backend, LocalFolder):
             if not self.exists(path):
                 return []
@@ -143,6 +167,10 @@ class Storage:
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """Return pyarrow's file system and the root's path in it."""
         return self._backend.filesystem()
+
+    def _damage(self, path: str, error: BaseException) -> DamagedFileError:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        return DamagedFileError(f"the file is damaged: {reason}", where=self.address(path), remedy=REMEDY)
 
     @property
     def _backend(self) -> Backend:
@@ -175,6 +203,12 @@ def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float | None = N
     if parts.scheme == "s3" and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", parts.netloc):
         raise StudyError(f"{parts.netloc!r} is not a bucket's name", where=text, remedy="s3://bucket/prefix")
     return Storage(text.rstrip("/"), retry_seconds)
+
+
+def json_bytes(value: object) -> bytes:
+    """Return the bytes that ``write_json`` writes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
 
 
 _last_event: dict[
@@ -216,7 +250,19 @@ def _numbers(keys: list[str]) -> list[int]:
     return [int(match.group(1)) for match in found if match]
 
 
+def _event_line(event: Mapping[str, object]) -> bytes:
+    """Return an event as one line that ends with the checksum of the rest."""
+    text = json.dumps(event, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return text[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(text)
+
+
 def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return an event without its checksum, or None when the line is torn or damaged; it may have no checksum."""
+    match = re.search(rb',"crc":"([0-9a-f]{8})"\}\s*$', line)
+    if match:
+        line, told = line[: match.start()] + b"}", int(match.group(1), 16)
+        if zlib.crc32(line) != told:
+            return None
     try:
         event = json.loads(line)
     except ValueError:

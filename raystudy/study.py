@@ -8,10 +8,11 @@ module; nothing here needs Ray, MLflow or torch.  Layout::
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,13 +21,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raystudy.errors import StudyError
+from raystudy.errors import DamagedFileError, StudyError
 from raystudy.images.array import ImageArray
-from raystudy.images.store import load_pixels, size_of
+from raystudy.images.store import FOLDER, load_pixels, size_of
+from raystudy.results import read_result, read_sealed, write_sealed
 from raystudy.storage import Storage, open_storage
 
 State = Literal["waiting", "running", "interrupted", "failed", "diverged", "finished"]
 STATES: tuple[State, ...] = ("waiting", "running", "interrupted", "failed", "diverged", "finished")
+IMAGES = "images.json"
 FORMAT_VERSION = 1  # of the study directory; raised when an older raystudy could no longer read it
 HEARTBEAT_SECONDS = 60  # a driver that has not touched its lock for so long is taken for dead by `status`
 
@@ -73,6 +76,11 @@ class Study:
     def name(self) -> str:
         return self.storage.uri.rstrip("/").rsplit("/", 1)[-1]
 
+    @property
+    def _root(self) -> Storage:
+        """The storage that holds this study and the image store."""
+        return Storage(self.storage.uri.rsplit("/", 1)[0], self.storage.retry_seconds)
+
     def require(self) -> Study:
         """Return self, or refuse: no such study, or one written by a newer raystudy."""
         try:
@@ -115,8 +123,10 @@ class Study:
         ids = [t for t in self.trial_ids() if "result.json" in files.get(t, ())]
         with ThreadPoolExecutor(16) as pool:
             specs = pool.map(lambda t: self.trial(t).read_json("spec.json"), ids)
-            results = pool.map(lambda t: self.trial(t).read_json("result.json"), ids)
-            yield from zip(ids, specs, results, strict=True)
+            results = pool.map(lambda t: read_result(self.trial(t)), ids)
+            for trial_id, spec, result in zip(ids, specs, results, strict=True):
+                if result is not None:
+                    yield trial_id, spec | {k: v for k, v in result.items() if k in spec and k != "schema"}, result
 
     def frame(self, path: str) -> pd.DataFrame:
         """Read a Parquet file of the study directory."""
@@ -129,10 +139,35 @@ class Study:
         ------
         FileNotFoundError : the images of this study were never prepared at this size.
         """
-        for key in self.storage.read_json("images.json")["keys"]:
+        for key in self.image_keys() or ():
             if size_of(key) == size:
-                return load_pixels(open_storage(self.storage.uri.rsplit("/", 1)[0]), key, image_ids)
+                return load_pixels(self._root, key, image_ids)
         raise FileNotFoundError(f"no films of {size} px belong to {self.storage.uri}")
+
+    def image_keys(self) -> list[str] | None:
+        """Return the names of the study's films in the image store, or None when they were never prepared.
+
+        Raises
+        ------
+        DamagedFileError : images.json, or what it names in the store, is not what was written.
+        """
+        kept = read_sealed(self.storage, IMAGES)
+        if kept is None:
+            return None
+        for path, sha256 in kept["store"].items():
+            if _sha256(self._root, path) != sha256:
+                remedy = "run the study again: it is then written anew"
+                raise DamagedFileError(
+                    "the file is not what was written", where=self._root.address(path), remedy=remedy
+                )
+        return list(kept["keys"])
+
+    def keep_image_keys(self, keys: Iterable[str]) -> None:
+        """Write images.json: the names of the study's films in the image store, sealed with their tables."""
+        wanted = sorted(keys)
+        tables = [f"{FOLDER}/{key}/{name}" for key in wanted for name in ("index.parquet", "quarantine.parquet")]
+        store = {path: _sha256(self._root, path) for path in tables}
+        write_sealed(self.storage, IMAGES, {"keys": wanted, "store": store}, ())
 
     def explanations(self, trial_id: str, job: str, files: dict[str, set[str]] | None = None) -> Storage | None:
         """Return the directory of the newest finished explanation job of a trial, or None."""
@@ -147,9 +182,10 @@ class Study:
         """Return the lock's record when a driver holds the study and has been heard of lately."""
         try:
             lock = self.storage.read_json("lock.json")
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedFileError):
             return None
-        return lock if time.time() - float(lock.get("heartbeat", 0)) < HEARTBEAT_SECONDS else None
+        silent = abs(time.time() - float(lock.get("heartbeat", 0)))  # a clock may have been set back
+        return lock if silent < HEARTBEAT_SECONDS else None
 
     def status(self) -> StudyStatus:
         """Return the state of every trial of the plan."""
@@ -204,7 +240,7 @@ def _running(trial_id: str, events: list[dict[str, Any]], driver_alive: bool) ->
     if state == "running" and starts and epochs:
         done = epoch - int(starts[-1].get("epoch") or 0)
         spent = float(events[-1]["time"]) - float(starts[-1]["time"])
-        left = spent / done * (epochs - epoch) if done > 0 else None
+        left = spent / done * (epochs - epoch) if done > 0 and spent > 0 else None
     return TrialStatus(
         trial_id,
         state,
@@ -215,6 +251,13 @@ def _running(trial_id: str, events: list[dict[str, Any]], driver_alive: bool) ->
         left,
         latest("val_accuracy"),
     )
+
+
+def _sha256(storage: Storage, path: str) -> str:
+    try:
+        return hashlib.sha256(storage.read_bytes(path)).hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def parquet_bytes(frame: pd.DataFrame, schema: pa.Schema | None = None) -> bytes:

@@ -37,6 +37,7 @@ from mlflow.tracking import MlflowClient
 
 from raystudy.config import Tracking
 from raystudy.errors import StudyError
+from raystudy.results import DONE, read_result, sealed
 from raystudy.storage import Storage
 from raystudy.study import Study
 from raystudy.tracking_values import (
@@ -50,6 +51,7 @@ from raystudy.tracking_values import (
 )
 
 OLDEST, FIRST_UNKNOWN = (3, 1), (4, 0)  # versions of MLflow whose interface this module speaks
+OPENS_AS = {"mlflow.experimentKind": "custom_model_development"}  # the page of runs shows parameters and metrics
 EVENTS_A_BATCH = 1000 // MOST_NUMBERS  # MLflow takes 1,000 metrics a request
 PARAMS_A_BATCH = 100
 STUDY, TRIAL, STARTED = "raystudy.study", "raystudy.trial_id", "raystudy.started"  # tags that name a run
@@ -175,7 +177,8 @@ class Store:
         found = self.ask(self.client.get_experiment_by_name, name)
         if found is None:
             try:
-                return self.ask(self.client.create_experiment, name, _artifact_folder(self.settings.uri, name))
+                folder = _artifact_folder(self.settings.uri, name)
+                return self.ask(self.client.create_experiment, name, folder, tags=OPENS_AS)
             except MlflowException:  # made by another study at this moment
                 found = self.ask(self.client.get_experiment_by_name, name)
                 if found is None:
@@ -309,18 +312,19 @@ class Store:
         self._send_numbers(run, [Number(k, v, when) for k, v in values.items() if known.get(k) != v])
 
     def _send_result(self, run: str, directory: Storage, ended: int) -> None:
-        result = directory.read_json("result.json")
+        result = read_result(directory)
+        assert result is not None  # its name was listed
         self.ask(self.client.set_tag, run, "raystudy.status", result["status"])
         if result["status"] != "finished":
             self.ask(self.client.set_terminated, run, "FAILED", ended)
             return
         self._send_final(run, result_numbers(result), ended)
         for name in ("model.safetensors", "spec.json"):
-            self._send_artifact(run, name, directory.read_bytes(name))
+            self._send_artifact(run, name, sealed(directory).read_bytes(name))
 
     def _send_faithfulness(self, run: str, directory: Storage, folder: str) -> None:
         spec = directory.read_json("spec.json")
-        pairs = directory.read_table(f"{folder}/pairs.parquet").to_pandas()
+        pairs = sealed(directory.child(*folder.split("/")), DONE).read_table("pairs.parquet").to_pandas()
         numbers = faithfulness_numbers(pairs, int(spec["study_seed"]))
         self._send_final(run, numbers, _written(directory, f"{folder}/done.json"))
 

@@ -33,6 +33,7 @@ from raystudy.protopnet.losses import LossTerms, last_layer_loss, loss_terms
 from raystudy.protopnet.projection import project_features
 from raystudy.protopnet.stages import build_optimizers, projects_after, set_learning_rates, set_stage, stage_of
 from raystudy.protopnet.weights import start_from_weights
+from raystudy.results import read_result
 from raystudy.storage import Storage
 from raystudy.streams import stream, stream_seed
 from raystudy.trial_spec import TrialSpec
@@ -87,7 +88,7 @@ def run_trial(
     """
     device = torch.device(device)
     checkpoints = Checkpoints(storage.child("checkpoint"), spec.fingerprint())
-    result = trial_files.read_result(storage)
+    result = read_result(storage)
     if result is None:
         check_films(cohort, tests, images, spec.image_size)
         trial_files.keep_spec(storage, spec)

@@ -1,13 +1,11 @@
 """The files that a trial leaves: model, prototypes, predictions and, last, result.json (DESIGN.md, study directory).
 
-result.json carries the SHA-256 of the three others and of itself, so that a flipped bit is named and never believed.
+result.json carries the SHA-256 of the three others and of itself (``raystudy.results`` reads them back).
 All bytes follow from the values alone: no times, hosts, devices, paths or versions.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +16,10 @@ import safetensors.torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raystudy.errors import StudyError
-from raystudy.storage import Storage
+from raystudy.errors import DamagedFileError, StudyError
+from raystudy.results import MODEL, PREDICTIONS, PROTOTYPES, RESULT, RESULT_SCHEMA, SPEC, sealed, write_sealed
+from raystudy.storage import Storage, json_bytes
 from raystudy.trial_spec import TrialSpec
-
-RESULT_SCHEMA = 1
-SPEC, RESULT = "spec.json", "result.json"
-MODEL, PROTOTYPES, PREDICTIONS = "model.safetensors", "prototypes.parquet", "predictions.parquet"
 
 PREDICTION_SCHEMA = pa.schema(
     [
@@ -54,20 +49,36 @@ PROTOTYPE_SCHEMA = pa.schema(
 
 
 def keep_spec(storage: Storage, spec: TrialSpec) -> None:
-    """Write spec.json, or check that the directory belongs to this very trial."""
+    """Write spec.json, or check that the directory belongs to this very trial; a damaged file is written anew.
+
+    Raises
+    ------
+    StudyError : the directory holds another trial, or one of a newer raystudy.
+    """
+    wanted = json_bytes(spec.to_json())
     try:
-        kept = TrialSpec.from_json(storage.read_bytes(SPEC))
-    except FileNotFoundError:
-        storage.write_json(SPEC, spec.to_json())
-        return
+        found = storage.read_bytes(SPEC)
+        if found == wanted:
+            return
+        kept = _parsed_spec(storage, found)
+    except (FileNotFoundError, DamagedFileError):
+        kept = spec
     if kept.fingerprint() != spec.fingerprint():
         remedy = "delete the directory, or run the experiment that it belongs to"
         raise StudyError("the directory holds another trial", where=storage.address(SPEC), remedy=remedy)
+    storage.write_bytes(SPEC, wanted)
 
 
 def read_spec(storage: Storage) -> TrialSpec:
     """Return the spec of a trial's directory."""
-    return TrialSpec.from_json(storage.read_bytes(SPEC))
+    return _parsed_spec(storage, storage.read_bytes(SPEC))
+
+
+def _parsed_spec(storage: Storage, data: bytes) -> TrialSpec:
+    try:
+        return TrialSpec.from_json(data)
+    except StudyError as error:
+        raise type(error)(error.what, where=storage.address(SPEC), remedy=error.remedy) from error
 
 
 def prediction_table(tests: pd.DataFrame, image_ids: list[str], logits: NDArray[np.float32]) -> pa.Table:
@@ -134,62 +145,10 @@ def write_model(storage: Storage, state: Mapping[str, Tensor]) -> None:
 def write_result(storage: Storage, result: Mapping[str, Any]) -> dict[str, Any]:
     """Write result.json, which makes the trial a finished one, and return it as it will be read."""
     names = [n for n in (MODEL, PROTOTYPES, PREDICTIONS) if storage.exists(n)] if result["status"] == "finished" else []
-    files = {name: hashlib.sha256(storage.read_bytes(name)).hexdigest() for name in names}
-    body = {"schema": RESULT_SCHEMA, **result, "sha256": files}
-    storage.write_json(RESULT, {**body, "checksum": _checksum(body)})
+    write_sealed(storage, RESULT, {"schema": RESULT_SCHEMA, **result}, names)
     return storage.read_json(RESULT)
-
-
-def read_result(storage: Storage) -> dict[str, Any] | None:
-    """Return result.json of a trial's directory, or None when the trial is not finished.
-
-    Raises
-    ------
-    StudyError : the file is damaged, or from a newer raystudy.
-    """
-    try:
-        data = storage.read_bytes(RESULT)
-    except FileNotFoundError:
-        return None
-    where = storage.address(RESULT)
-    try:
-        result = json.loads(data)
-        checksum = result.pop("checksum")
-        if int(result["schema"]) > RESULT_SCHEMA:
-            raise StudyError(
-                "this result was written by a newer raystudy", where=where, remedy="install the newer raystudy"
-            )
-        if checksum != _checksum(result):
-            raise ValueError("it does not match its checksum")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        remedy = "delete this file and run again: the trial is then trained anew"
-        raise StudyError(f"the result is damaged: {error}", where=where, remedy=remedy) from error
-    return {**result, "checksum": checksum}
 
 
 def read_model(storage: Storage) -> dict[str, Tensor]:
     """Return the tensors of model.safetensors, checked against result.json where that exists."""
-    data = storage.read_bytes(MODEL)
-    result = read_result(storage)
-    if result is not None and hashlib.sha256(data).hexdigest() != result["sha256"].get(MODEL):
-        remedy = "delete result.json of this trial and run again: the trial is then trained anew"
-        raise StudyError("the model does not match its result", where=storage.address(MODEL), remedy=remedy)
-    return safetensors.torch.load(data)
-
-
-def damaged_files(storage: Storage) -> list[str]:
-    """Return the files of a finished trial that are missing or do not match result.json."""
-    result = read_result(storage)
-    damaged: list[str] = []
-    for name, sha256 in (result or {"sha256": {}})["sha256"].items():
-        try:
-            whole = hashlib.sha256(storage.read_bytes(name)).hexdigest() == sha256
-        except FileNotFoundError:
-            whole = False
-        if not whole:
-            damaged.append(name)
-    return damaged
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return safetensors.torch.load(sealed(storage).read_bytes(MODEL))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from raystudy.errors import StudyError
+from raystudy.errors import DamagedFileError, StudyError
 from raystudy.protopnet.settings import ModelSettings, TrainingSettings
 
 SPEC_SCHEMA = 1  # raised when an older raystudy could no longer read spec.json
@@ -57,7 +57,8 @@ class TrialSpec:
 
         Raises
         ------
-        StudyError : written by a newer raystudy, or no spec at all.
+        DamagedFileError : no spec at all.
+        StudyError : written by a newer raystudy.
         """
         try:
             values = dict(json.loads(data) if isinstance(data, str | bytes) else data)
@@ -71,8 +72,8 @@ class TrialSpec:
                 raise _newer_error()
             return cls(**values)
         except (ValueError, KeyError, TypeError) as error:
-            raise StudyError(
-                f"spec.json is damaged: {error}", remedy="delete the trial's directory and run again"
+            raise DamagedFileError(
+                f"spec.json is damaged: {error}", remedy="delete this file and run again: it is then written anew"
             ) from error
 
     def fingerprint(self) -> str:
@@ -91,4 +92,7 @@ def _settings(kind: type[_S], values: Mapping[str, Any]) -> _S:
 
 
 def _newer_error() -> StudyError:
-    return StudyError("this trial was written by a newer raystudy", remedy="install the newer raystudy")
+    return StudyError(
+        "this trial was written by a newer raystudy",
+        remedy="install the newer raystudy; if you have none, delete this file: it is damaged",
+    )

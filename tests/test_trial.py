@@ -16,10 +16,11 @@ import torch
 
 from raystudy.errors import StudyError
 from raystudy.protopnet.normalise import normalise
+from raystudy.results import damaged_files, read_result
 from raystudy.storage import Storage, open_storage
 from raystudy.streams import stream
 from raystudy.trial import TrialInterrupted, TrialSpec, load_model, run_trial
-from raystudy.trial_files import PREDICTION_SCHEMA, PROTOTYPE_SCHEMA, damaged_files, read_result
+from raystudy.trial_files import PREDICTION_SCHEMA, PROTOTYPE_SCHEMA
 from raystudy.trial_state import is_better
 from tests.trial_example import FILES, MODEL, SIZE, contents, data, spec
 
@@ -342,7 +343,7 @@ def test_a_flipped_bit_in_a_finished_trial_is_named(name: str, frozen: Storage, 
         return
     assert damaged_files(storage) == [name]
     if name == "model.safetensors":
-        with pytest.raises(StudyError, match="does not match its result"):
+        with pytest.raises(StudyError, match="does not match its checksum"):
             load_model(storage)
 
 

@@ -175,8 +175,7 @@ def decode_batch(batch: pa.Table, settings: ImageSettings, storage: Storage, pix
             fetched = zip(uris[part], marks[part], originals, strict=False)  # originals goes on in the next block
             films = [_film(uri, mark, data, settings) for uri, mark, data in fetched if data is not None]
             if films:
-                block = hashlib.sha256("\n".join(film.fingerprint for film in films).encode()).hexdigest()[:20]
-                write_block(storage, pixels, block, films, settings.size)
+                write_block(storage, pixels, films, settings.size)
             counts.append(len(uris[part]))
     except StudyError as error:
         refusal = [error.what, error.where, error.remedy]

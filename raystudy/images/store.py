@@ -7,7 +7,8 @@
 
 ``<pixels>`` names the decode settings, ``<key>`` = ``<pixels>-<hash>`` adds the fingerprints of the study's originals.
 A film is found by the fingerprint of its original, so a second study decodes only what the first did not have.  Every
-file is written whole and never changed.
+file is written whole and never changed; blocks and catalogues are named by the checksum of their bytes, so that a
+damaged one is known.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -24,13 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raystudy.errors import StudyError
+from raystudy.errors import DamagedFileError, StudyError
 from raystudy.images.array import ImageArray
 from raystudy.images.decode import DECODER_VERSION
 from raystudy.images.settings import ImageSettings
 from raystudy.storage import Storage
 
 FOLDER = "_images"
+STORE_VERSION = 2  # blocks are named by their bytes
 READERS = 4  # threads that read blocks
 CATALOG = pa.schema(
     [
@@ -57,6 +59,7 @@ def pixels_key(settings: ImageSettings) -> str:
     """Name the settings that decide about pixels."""
     decides = {
         "version": DECODER_VERSION,
+        "store": STORE_VERSION,
         "size": settings.size,
         "resize": settings.resize,
         "pixel_cap": settings.pixel_cap,
@@ -71,8 +74,8 @@ def study_key(settings: ImageSettings, originals: Iterable[tuple[str, str]]) -> 
     return f"{pixels_key(settings)}-{digest[:12]}"
 
 
-def write_block(storage: Storage, pixels: str, block: str, films: Sequence[Film], size: int) -> None:
-    """Write one block; its rows are in the order of ``films``."""
+def write_block(storage: Storage, pixels: str, films: Sequence[Film], size: int) -> str:
+    """Write one block, its rows in the order of ``films``, and return its name."""
     values = [None if film.pixels is None else film.pixels.tobytes() for film in films]
     table = pa.table(
         {
@@ -85,11 +88,14 @@ def write_block(storage: Storage, pixels: str, block: str, films: Sequence[Film]
     sink = pa.BufferOutputStream()
     # Films are noise to a byte compressor that has to be fast; reading back at memory speed is worth more.
     pq.write_table(table, sink, compression="lz4", use_dictionary=False, write_statistics=False)
-    storage.write_bytes(f"{FOLDER}/{pixels}/blocks/{block}.parquet", sink.getvalue().to_pybytes())
+    data = sink.getvalue().to_pybytes()
+    block = _name(data)
+    storage.write_bytes(f"{FOLDER}/{pixels}/blocks/{block}.parquet", data)
+    return block
 
 
 def read_catalog(storage: Storage, pixels: str) -> tuple[pd.DataFrame, int]:
-    """Return every film of the store and how many blocks no catalogue named.
+    """Return every film of the store and how many blocks no catalogue named; damaged catalogues do not count.
 
     Returns
     -------
@@ -109,13 +115,32 @@ def read_catalog(storage: Storage, pixels: str) -> tuple[pd.DataFrame, int]:
 
 def _if_there(root: Storage, path: str) -> pa.Table | None:
     try:
-        return root.read_table(path)
-    except FileNotFoundError:  # another prepare has just replaced it; its blocks are found one by one
+        return _checked_table(root, path)
+    except (FileNotFoundError, DamagedFileError):  # replaced by another prepare just now; blocks are found one by one
         return None
 
 
+def _checked_table(root: Storage, path: str, columns: list[str] | None = None) -> pa.Table:
+    """Return a file that is named by its bytes.
+
+    Raises
+    ------
+    DamagedFileError : the bytes are others.
+    """
+    data = root.read_bytes(path)
+    if _name(data) != path.rsplit("/", 1)[-1].removesuffix(".parquet"):
+        what = "the file does not match the checksum that is its name"
+        remedy = "delete this file and run again: its films are then decoded anew"
+        raise DamagedFileError(what, where=root.address(path), remedy=remedy)
+    return root.parse_table(path, data, columns)
+
+
+def _name(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:20]
+
+
 def _catalog_of(root: Storage, block: str) -> pa.Table:
-    table = root.read_table(f"blocks/{block}.parquet", columns=["fingerprint", "sha256", "reason"])
+    table = _checked_table(root, f"blocks/{block}.parquet", ["fingerprint", "sha256", "reason"])
     table = table.append_column("block", pa.array([block] * table.num_rows, pa.string()))
     return table.append_column("row", pa.array(range(table.num_rows), pa.int32())).select(CATALOG.names)
 
@@ -125,9 +150,11 @@ def write_catalog(storage: Storage, pixels: str, catalog: pd.DataFrame) -> None:
     root = storage.child(FOLDER, pixels)
     old = root.list("catalog")
     table = pa.Table.from_pandas(catalog.sort_values("fingerprint"), schema=CATALOG, preserve_index=False)
-    digest = hashlib.sha256("\n".join(table["fingerprint"].to_pylist()).encode()).hexdigest()[:16]
-    name = f"catalog/{digest}.parquet"
-    root.write_table(name, table)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    name = f"catalog/{_name(data)}.parquet"
+    root.write_bytes(name, data)
     for path in old:
         if path != name:
             root.delete(path)
@@ -148,8 +175,17 @@ def load_quarantine(storage: Storage, key: str) -> pd.DataFrame:
     return storage.read_table(f"{FOLDER}/{key}/quarantine.parquet").to_pandas()
 
 
-def plan_reads(storage: Storage, key: str, image_ids: Sequence[str]) -> dict[str, tuple[list[int], list[int]]]:
-    """Group the wanted films by block: block -> (rows in the block, rows in the array).
+@dataclass
+class BlockReads:
+    """What is wanted of one block: its rows, where they go in the array, and the checksums of their originals."""
+
+    rows: list[int] = field(default_factory=list[int])
+    targets: list[int] = field(default_factory=list[int])
+    sums: list[str] = field(default_factory=list[str])
+
+
+def plan_reads(storage: Storage, key: str, image_ids: Sequence[str]) -> dict[str, BlockReads]:
+    """Group the wanted films by block.
 
     Raises
     ------
@@ -164,11 +200,13 @@ def plan_reads(storage: Storage, key: str, image_ids: Sequence[str]) -> dict[str
             where=storage.address(f"{FOLDER}/{key}"),
             remedy="run raystudy prepare; quarantine.parquet there names films that could not be read",
         )
-    plan: dict[str, tuple[list[int], list[int]]] = {}
-    for target, (block, row) in enumerate(zip(places["block"], places["row"].astype(int), strict=True)):
-        rows, targets = plan.setdefault(str(block), ([], []))
-        rows.append(int(row))
-        targets.append(target)
+    plan: dict[str, BlockReads] = {}
+    wanted = zip(places["block"], places["row"].astype(int), places["sha256"], strict=True)
+    for target, (block, row, sha256) in enumerate(wanted):
+        reads = plan.setdefault(str(block), BlockReads())
+        reads.rows.append(int(row))
+        reads.targets.append(target)
+        reads.sums.append(str(sha256))
     return plan
 
 
@@ -176,12 +214,17 @@ def read_pixels(storage: Storage, key: str, image_ids: Sequence[str], out: NDArr
     """Read films into ``out`` (N, S, S) uint8, in the order of ``image_ids``."""
     blocks = storage.child(FOLDER, key.rsplit("-", 1)[0], "blocks")
 
-    def read(item: tuple[str, tuple[list[int], list[int]]]) -> None:
-        block, (rows, targets) = item
-        column = blocks.read_table(f"{block}.parquet", columns=["pixels"])["pixels"].combine_chunks()
+    def read(item: tuple[str, BlockReads]) -> None:
+        block, reads = item
+        table = _checked_table(blocks, f"{block}.parquet", ["pixels", "sha256"])
+        sums = table["sha256"].to_pylist()
+        if [sums[row] if row < len(sums) else "" for row in reads.rows] != reads.sums:
+            where, remedy = storage.address(f"{FOLDER}/{key}/index.parquet"), "run again: it is then written anew"
+            raise DamagedFileError("the index does not fit its blocks", where=where, remedy=remedy)
+        column = table["pixels"].combine_chunks()
         size = out.shape[1]
         values = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, size, size)[column.offset :]
-        out[targets] = values[rows]
+        out[reads.targets] = values[reads.rows]
 
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(read, plan_reads(storage, key, image_ids).items()):

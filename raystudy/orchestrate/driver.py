@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Literal, Protocol
 
 from raystudy.config import Experiment
-from raystudy.errors import StudyError
+from raystudy.errors import DamagedFileError, StudyError
 from raystudy.orchestrate.assignment import STOPPED, Work, clear_stop
 from raystudy.orchestrate.changes import describe_changes
 from raystudy.orchestrate.cluster import run_on_ray
@@ -27,9 +27,11 @@ from raystudy.orchestrate.progress import Display, Silent, display
 from raystudy.orchestrate.search import SearchBook, search_experiment
 from raystudy.orchestrate.session import connect
 from raystudy.orchestrate.state import Outcome, Run, Stop, Todo
+from raystudy.results import damaged_files, write_sealed
 from raystudy.storage import Storage, open_storage
 from raystudy.study import Study
 
+REPORTED = "report.json"  # the checksums of a report's files; deleted as soon as something else is to do
 Executor = Literal["ray", "plain"]
 
 
@@ -135,7 +137,7 @@ def run_study(
         missing = ledger.missing_trials(only_failed)
         more = book is not None and book.wants_more and not only_failed
         unexplained = ledger.missing_explanations(only_failed) if work is None else []
-        todo = Todo(missing, unexplained, more)
+        todo = Todo(missing, unexplained, more, films=not ledger.films_known())
         for line in describe_changes(ledger, missing):
             shown.say(line)
         ledger.write_plan()
@@ -144,14 +146,17 @@ def run_study(
         shown.say(_overview(asked, study, todo))
         if mirror is not None:
             mirror.start()
+        if todo:
+            study.storage.delete(REPORTED)
         try:
             if todo:
                 run = Run(ledger, todo, Films(), Stop(study, lock), outcome, shown, work, book)
                 _execute(run, plan, storage, executor, address)
             if book is not None:
                 shown.say(book.verdict())
-            if report is not None and not outcome.interrupted and _reportable(study, todo, outcome):
+            if report is not None and not outcome.interrupted and _reportable(study, outcome):
                 shown.say(report(study))
+                write_sealed(study.storage, REPORTED, {}, study.storage.list("report"))
         finally:
             if mirror is not None and not mirror.close():
                 shown.say("the MLflow mirror is behind; repair it with `raystudy report EXPERIMENT --sync`")
@@ -169,9 +174,9 @@ def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, ad
         if session.dashboard and executor == "ray":
             shown.say(f"Ray dashboard: {session.dashboard}")
         write_phantom_originals(plan.experiment, plan.image_table, storage, shown)
-        involved = run.todo.involved if run.book is None else plan.trials
+        involved = plan.trials if run.book is not None or run.todo.films else run.todo.involved
         run.films = prepare_films(involved, plan.image_table, storage, shown)
-        run.study.storage.write_json("images.json", {"keys": sorted(run.films.arrays)})
+        run.study.keep_image_keys(run.films.arrays)
         with run.stop.signals():
             if executor == "plain":
                 run_plain(run)
@@ -195,9 +200,13 @@ def _overview(plan: StudyPlan, study: Study, todo: Todo) -> str:
     return f"{study.name}: {len(todo.trials)} of {n} trials to run, {done} done{explanations} ({study.storage.uri})"
 
 
-def _reportable(study: Study, todo: Todo, outcome: Outcome) -> bool:
-    fresh = outcome.trained or outcome.explained or not study.storage.exists("report/index.html")
-    return bool(fresh) and any(state == "finished" for state in outcome.states.values())
+def _reportable(study: Study, outcome: Outcome) -> bool:
+    """Whether there is something to report that no whole report says: an earlier run may have died before its own."""
+    try:
+        whole = study.storage.exists(REPORTED) and not damaged_files(study.storage, REPORTED)
+    except DamagedFileError:
+        whole = False
+    return not whole and any(state == "finished" for state in outcome.states.values())
 
 
 def _planned(experiment: Experiment) -> Experiment:

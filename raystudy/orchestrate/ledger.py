@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 import pandas as pd
 import yaml
 
-from raystudy.errors import StudyError
-from raystudy.explanation import JOBS, Job, job_directory
+from raystudy.errors import DamagedFileError, StudyError
+from raystudy.explanation import JOBS, Job, explained, job_directory
 from raystudy.orchestrate.assignment import FAILED, STOPPED, Rows, TrialRows
 from raystudy.orchestrate.identity import digest
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
+from raystudy.results import DONE, MODEL, REMEDIES, RESULT, damaged_files, read_result
+from raystudy.storage import Storage
 from raystudy.study import FORMAT_VERSION, Study, parquet_bytes
-from raystudy.trial_files import keep_spec, read_result
+from raystudy.trial_files import keep_spec
 
 WRITERS = 16
 
@@ -37,7 +39,7 @@ class Ledger:
     _files: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
 
     def open(self) -> None:
-        """Read what is there.
+        """Read what is there, and check what is finished: damaged explanations count as missing.
 
         Raises
         ------
@@ -45,17 +47,17 @@ class Ledger:
         """
         try:
             kept = int(self.study.plan().get("format", 1))
-        except FileNotFoundError:
-            kept = 1
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            kept = 1  # none, or a damaged one: it is written anew
         if kept > FORMAT_VERSION:
             raise StudyError(
                 f"this study was written by a newer raystudy (format {kept}, known {FORMAT_VERSION})",
-                where=self.study.storage.uri,
+                where=self.study.storage.address("plan.json"),
                 remedy="install the newer raystudy, or name another study",
             )
         self._files = self.study.files()
         with ThreadPoolExecutor(WRITERS) as pool:
-            for _ in pool.map(self._check_result, [t for t in self.plan.trials if "result.json" in self.files(t)]):
+            for _ in pool.map(self._check_finished, [t for t in self.plan.trials if "result.json" in self.files(t)]):
                 pass
 
     def write_plan(self, trials: Iterable[PlannedTrial] | None = None) -> None:
@@ -92,6 +94,13 @@ class Ledger:
             missing = [(trial, job) for trial, job in missing if trial.trial_id in finished]
         return missing
 
+    def films_known(self) -> bool:
+        """Whether the report finds the films of what is finished."""
+        try:
+            return not self._files or self.study.image_keys() is not None
+        except DamagedFileError:
+            return False
+
     def strangers(self) -> list[str]:
         """Return the trials of the directory that the plan does not ask for; they are kept."""
         return sorted(set(self._files) - {t.trial_id for t in self.plan.trials})
@@ -101,11 +110,14 @@ class Ledger:
         return self._files.get(trial.trial_id, set())
 
     def prepare_trials(self, trials: Iterable[PlannedTrial], forgive: bool = True) -> None:
-        """Write rows and specs of trials that are about to run (or be explained), and clear their failed marks."""
+        """Write rows and specs of trials that are about to run (or be explained), and clear their failed marks.
+
+        The rows of the plan's other trials are looked after, too: what is missing or damaged is written anew.
+        """
         contents: dict[str, bytes] = {}
         trials = list(trials)
         sums: dict[int, Rows] = {}
-        for trial in trials:
+        for trial in (t for t in (*self.plan.trials, *trials) if t.trial_id not in self.rows):
             place = _place(trial)
             cohort = _rows(f"cohorts/{place.format(f'h1_{trial.spec.h1_share:03d}')}", trial.cohort, contents, sums)
             tests = _rows(f"cohorts/{place.format('test')}", trial.tests, contents, sums)
@@ -121,14 +133,20 @@ class Ledger:
         mark = {"error": error, "attempts": attempts, "time": time.time()}
         self.study.trial(trial_id).write_json(FAILED, mark)
 
-    def _check_result(self, trial: PlannedTrial) -> None:
-        directory = self.study.trial(trial.trial_id)
-        try:
-            whole = "schema" not in directory.read_json("result.json")  # what a stand-in for a trial wrote
-        except ValueError:
-            whole = False
-        if not whole:
-            read_result(directory)
+    def _check_finished(self, trial: PlannedTrial) -> None:
+        """Look at every byte of a finished trial (object storage looks after its models itself)."""
+        directory, names = self.study.trial(trial.trial_id), self.files(trial)
+        if _is_stand_in(directory):
+            return
+        read_result(directory)
+        for name in damaged_files(directory, left_out=() if directory.is_local else (MODEL,)):
+            what = "the file is missing, or does not match its checksum"
+            raise DamagedFileError(what, where=directory.address(name), remedy=REMEDIES[RESULT])
+        keep_spec(directory, trial.spec)
+        for job in JOBS:
+            done = f"{job_directory(job, trial.explain)}/{DONE}"
+            if done in names and not explained(job, directory, trial.explain):
+                names.discard(done)
 
     def _statuses(self, trial_ids: set[str]) -> list[tuple[str, str]]:
         def status(trial_id: str) -> tuple[str, str]:
@@ -152,6 +170,14 @@ class Ledger:
         if forgive:
             for name in [n for n in names if n == FAILED or n.endswith(f"/{FAILED}")]:
                 directory.delete(name)
+
+
+def _is_stand_in(directory: Storage) -> bool:
+    """Whether something else than a trial wrote the result: it has neither schema nor checksum."""
+    try:
+        return not {"schema", "checksum"} & set(directory.read_json(RESULT))
+    except (ValueError, TypeError):
+        return False
 
 
 def _name(job: Job, trial: PlannedTrial) -> str:

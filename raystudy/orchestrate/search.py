@@ -11,6 +11,7 @@ before they happen; a search that was interrupted reads them back and goes on as
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -23,6 +24,7 @@ from raystudy.config import Experiment, Search, SearchRange
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import STOPPED
 from raystudy.orchestrate.plan import Arm, PlannedTrial, StudyPlan, trials_of
+from raystudy.results import read_sealed, write_sealed
 from raystudy.storage import Storage
 from raystudy.streams import stream, stream_seed
 from raystudy.study import Study
@@ -76,7 +78,7 @@ class SearchBook:
             _require_optuna()
         storage = self.study.storage
         for path in storage.list(f"{FOLDER}/suggestions"):
-            kept = storage.read_json(path)
+            kept = read_sealed(storage, path) or {}
             if set(kept["values"]) != set(self.settings.space):
                 raise StudyError(
                     "this study has searched other keys: " + ", ".join(sorted(kept["values"])),
@@ -85,8 +87,9 @@ class SearchBook:
                 )
             self._admit(Suggestion(int(kept["number"]), dict(kept["values"])))
         for path in storage.list(f"{FOLDER}/observations"):
-            kept = storage.read_json(path)
-            self.observed[int(kept["number"])] = float(kept["objective"])
+            kept = read_sealed(storage, path) or {}
+            if int(kept["number"]) in {suggestion.number for suggestion in self.suggestions}:
+                self.observed[int(kept["number"])] = float(kept["objective"])
         for trial_id, number in self._of_trial.items():
             if number not in self.observed:  # it ended between its result and its observation
                 value = value_of(self.study, trial_id)
@@ -107,15 +110,16 @@ class SearchBook:
 
     def suggest(self) -> Suggestion | None:
         """Return the next suggestion, written down, or None when there are enough."""
-        number = len(self.suggestions)
-        if number >= self.settings.trials:
+        if not self.wants_more:
             return None
+        known = {suggestion.number for suggestion in self.suggestions}
+        number = next(n for n in itertools.count() if n not in known)  # a damaged one was deleted
         draw = _optuna if self.settings.algorithm == "optuna" else _random
         values = {key: self._fitting(key, value) for key, value in draw(self, number).items()}
         suggestion = Suggestion(number, values)
         self._variant(values)  # refused before it is written down
         path = f"{FOLDER}/suggestions/{number:06d}.json"
-        self.study.storage.write_json(path, {"number": number, "values": values})
+        write_sealed(self.study.storage, path, {"number": number, "values": values}, ())
         with self._lock:
             self._admit(suggestion)
         return suggestion
@@ -141,14 +145,14 @@ class SearchBook:
             return  # failed trials are tried again by the next run
         self.observed[number] = math.fsum(known) / len(known)
         note = {"number": number, "objective": self.observed[number], "trials": values}
-        self.study.storage.write_json(f"{FOLDER}/observations/{number:06d}.json", note)
+        write_sealed(self.study.storage, f"{FOLDER}/observations/{number:06d}.json", note, ())
 
     def best(self) -> tuple[Suggestion, float] | None:
         """Return the best observed suggestion; the earlier of equals."""
         if not self.observed:
             return None
         number = min(self.observed, key=lambda n: (-self.observed[n], n))
-        return self.suggestions[number], self.observed[number]
+        return next(s for s in self.suggestions if s.number == number), self.observed[number]
 
     def _admit(self, suggestion: Suggestion) -> None:
         self.suggestions.append(suggestion)

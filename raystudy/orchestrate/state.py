@@ -41,14 +41,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Todo:
-    """What the study directory lacks; ``suggestions``: a search has more to suggest."""
+    """What the study directory lacks; ``suggestions``: a search has more to suggest; ``films``: only their names."""
 
     trials: list[PlannedTrial]
     explanations: list[tuple[PlannedTrial, Job]]
     suggestions: bool = False
+    films: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.trials or self.explanations or self.suggestions)
+        return bool(self.trials or self.explanations or self.suggestions or self.films)
 
     @property
     def involved(self) -> list[PlannedTrial]:

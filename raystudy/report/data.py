@@ -19,6 +19,7 @@ from raystudy.evaluate.tables import (
     mixture_table,
     reliance_table,
 )
+from raystudy.results import DONE, PREDICTIONS, sealed
 from raystudy.storage import Storage
 from raystudy.study import Study, StudyStatus
 
@@ -86,7 +87,8 @@ def read_report_data(study: Study) -> ReportData:
             diverged.append(trial_id)
             continue
         places = [study.explanations(trial_id, job, files) for job in ("prototypes", "faithfulness")]
-        trials.append(FinishedTrial(trial_id, spec, result, places[0], places[1]))
+        prototypes, faithfulness = (place and sealed(place, DONE) for place in places)
+        trials.append(FinishedTrial(trial_id, spec, result, prototypes, faithfulness))
     if not trials:
         raise StudyError(
             "no trial of this study is finished, so there is nothing to report",
@@ -96,7 +98,7 @@ def read_report_data(study: Study) -> ReportData:
     experiment = yaml.safe_load(study.storage.read_bytes("experiment.yaml"))
     seed = int(experiment["study_seed"])
     with ThreadPoolExecutor(8) as pool:
-        frames = list(pool.map(lambda t: study.trial(t.trial_id).read_table("predictions.parquet").to_pandas(), trials))
+        frames = list(pool.map(lambda t: _predictions(study, t), trials))
         pairs = list(pool.map(_pairs, trials))
         specific = [row for rows in pool.map(_specificity, trials) for row in rows]
         masks = [m for m in pool.map(_mask_shares, trials) if m is not None]
@@ -120,6 +122,10 @@ def read_report_data(study: Study) -> ReportData:
 
 def _plain(value: object) -> object:
     return value if isinstance(value, str | int | float | bool) else str(value)
+
+
+def _predictions(study: Study, trial: FinishedTrial) -> pd.DataFrame:
+    return sealed(study.trial(trial.trial_id)).read_table(PREDICTIONS).to_pandas()
 
 
 def _pairs(trial: FinishedTrial) -> pd.DataFrame | None:

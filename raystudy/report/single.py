@@ -19,6 +19,7 @@ from raystudy.protopnet.model import log_similarity
 from raystudy.protopnet.normalise import normalise
 from raystudy.relevance import overlay_activation, overlay_relevance, prototype_relevance, upsample_activation
 from raystudy.report.figures import png
+from raystudy.results import PROTOTYPES, sealed
 from raystudy.study import Study
 from raystudy.trial import load_model
 from raystudy.trial_files import read_spec
@@ -44,7 +45,7 @@ def explain_images(
     directory = study.trial(trial_id)
     spec = read_spec(directory)
     model = load_model(directory)
-    sources = directory.read_table("prototypes.parquet").to_pandas()
+    sources = sealed(directory).read_table(PROTOTYPES).to_pandas()
     for name in images:
         film = _film(study, name, spec.image_size, image_settings)
         figure = _panel(model, film, spec.class_names, sources["image_id"].astype(str).tolist(), settings, name)

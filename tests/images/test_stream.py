@@ -32,9 +32,9 @@ def store(tmp_path: Path) -> tuple[Storage, str]:
         ids = IDS[block::3]
         films = [Film(name, "", rng.integers(0, 256, (32, 32), dtype=np.uint8), None) for name in ids]
         films.insert(2, Film("bad", "", None, "truncated"))
-        write_block(storage, pixels, f"b{block}", films, 32)
+        name = write_block(storage, pixels, films, 32)
         rows += [
-            {"image_id": film.fingerprint, "block": f"b{block}", "row": row, "sha256": ""}
+            {"image_id": film.fingerprint, "block": name, "row": row, "sha256": ""}
             for row, film in enumerate(films)
             if film.reason is None
         ]

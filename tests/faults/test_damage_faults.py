@@ -1,0 +1,219 @@
+"""A flipped bit or a torn tail in any file of a study: `run` ends with the same bytes, or names file and remedy."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raystudy.errors import StudyError
+from raystudy.explanation import explain_trial
+from raystudy.orchestrate.driver import run_study
+from raystudy.orchestrate.films import prepare_films
+from raystudy.orchestrate.ledger import Ledger
+from raystudy.orchestrate.plan import StudyPlan, plan_study
+from raystudy.orchestrate.progress import Silent
+from raystudy.report.data import read_report_data
+from raystudy.storage import Storage, open_storage
+from raystudy.streams import stream
+from raystudy.study import Study
+from raystudy.trial import TrialInterrupted, run_trial
+from tests.faults.conftest import Tally, Undisturbed
+
+FREE = re.compile(r"tiny/(report/.*|trials/[^/]+/events)")  # their bytes are not those of results
+
+
+@dataclass(frozen=True)
+class Place:
+    """A storage with one study, and the bytes that it had."""
+
+    root: Path
+    plan: StudyPlan
+    files: dict[str, bytes]
+
+    @property
+    def storage(self) -> Storage:
+        return open_storage(self.root)
+
+    def contents(self) -> dict[str, bytes]:
+        return {p.relative_to(self.root).as_posix(): p.read_bytes() for p in self.root.rglob("*") if p.is_file()}
+
+    def restore(self) -> None:
+        now = self.contents()
+        for name in now.keys() - self.files.keys():
+            (self.root / name).unlink()
+        for name, data in self.files.items():
+            if now.get(name) != data:
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                (self.root / name).write_bytes(data)
+
+
+def flipped(data: bytes, draw: np.random.Generator) -> bytes:
+    at = int(draw.integers(len(data)))
+    return data[:at] + bytes([data[at] ^ 1 << int(draw.integers(8))]) + data[at + 1 :]
+
+
+def torn(data: bytes, draw: np.random.Generator) -> bytes:
+    return data[: int(draw.integers(len(data)))]
+
+
+def kind(name: str) -> str:
+    """Name a file without what differs from trial to trial."""
+    name = re.sub(r"tiny/trials/[^/]+/", "trial: ", name)
+    return re.sub(r"[-_/]?[0-9a-f]{8,}|\d{6,}", "*", name)
+
+
+def damage_each(place: Place, names: Iterable[str], n: int, seed: int, whole: Callable[[str], None]) -> Counter[str]:
+    """Damage file after file, n flips and n tears each; run; see that it is the same, or named with a remedy."""
+    outcomes = Counter[str]()
+    for name in names:
+        draw = stream(seed, "damage", kind(name), name)
+        for harm in (flipped, torn):
+            for _ in range(n if place.files[name] else 0):
+                place.restore()
+                (place.root / name).write_bytes(harm(place.files[name], draw))
+                refusal = run(place)
+                if refusal is None:
+                    whole(f"{harm.__name__} {name}")
+                else:
+                    assert refusal.where == str(place.root / name), f"{harm.__name__} {name}: {refusal}"
+                    assert refusal.remedy
+                outcomes["same bytes" if refusal is None else "named"] += 1
+    return outcomes
+
+
+def run(place: Place) -> StudyError | None:
+    """Run what is missing to a good end, or return the refusal."""
+    try:
+        outcome = run_study(place.plan, place.storage, executor="plain")
+    except StudyError as error:
+        return error
+    assert outcome.exit_code == 0
+    return None
+
+
+def read_everything(study: Study) -> None:
+    """Read what a report reads."""
+    for trial in read_report_data(study).trials:
+        assert trial.prototypes
+        trial.prototypes.read_bytes("maps.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    root = undisturbed.place(tmp_path_factory.mktemp("finished") / "studies", finished=True)
+    place = Place(root, plan_study(undisturbed.experiment(root), open_storage(root)), {})
+    assert run_study(place.plan, place.storage, executor="plain").trained == 0
+    place.files.update(place.contents())
+    return place
+
+
+@pytest.fixture(scope="module")
+def begun(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A study of which one trial was interrupted twice in its training, another in its explanation."""
+    root = undisturbed.place(tmp_path_factory.mktemp("begun") / "studies", finished=True)
+    storage = open_storage(root)
+    plan = plan_study(undisturbed.experiment(root), storage)
+    training, explaining = plan.trials[1], plan.trials[2]
+    study = Study(storage.child("tiny"))
+    for trial, part in ((training, ""), (explaining, "explain")):
+        shutil.rmtree(Path(study.trial(trial.trial_id).uri) / part)
+    Ledger(study, plan).prepare_trials([training])
+    films = prepare_films(plan.trials, plan.image_table, storage, Silent()).array(training)
+    for polls in (6, 4):  # of seventeen: in the joint stage, in the last layer's
+        asked = iter(range(1000))
+        with pytest.raises(TrialInterrupted):
+            run_trial(
+                training.spec, training.cohort, training.tests, films, study.trial(training.trial_id),
+                should_stop=lambda asked=asked, polls=polls: next(asked) == polls,
+            )  # fmt: skip
+    asked = iter(range(1000))
+    with pytest.raises(TrialInterrupted):
+        explain_trial(
+            "prototypes", explaining.spec, explaining.cohort, explaining.tests, films,
+            study.trial(explaining.trial_id), explaining.explain, should_stop=lambda: next(asked) == 7,
+        )  # fmt: skip
+    place = Place(root, plan, {})
+    place.files.update(place.contents())
+    assert len([n for n in place.files if "/checkpoint/" in n]) == 4
+    assert any("/chunks/" in n for n in place.files)
+    return place
+
+
+def damage_finished(place: Place, n: int, seed: int, n_trials: int) -> Counter[str]:
+    def whole(case: str) -> None:
+        now = place.contents()
+        different = [k for k in now.keys() | place.files.keys() if now.get(k) != place.files.get(k)]
+        assert not [k for k in different if not FREE.fullmatch(k)], case
+
+    trials = [t.trial_id for t in place.plan.trials[:n_trials]]
+    names = [m for m in sorted(place.files) if not m.startswith(("_images/squash", "tiny/report/"))]
+    return damage_each(place, [m for m in names if "/trials/" not in m or m.split("/")[2] in trials], n, seed, whole)
+
+
+def damage_begun(place: Place, undisturbed: Undisturbed, names: Iterable[str], n: int, seed: int) -> Counter[str]:
+    return damage_each(place, names, n, seed, lambda case: undisturbed.assert_same(place.root))
+
+
+def of_a_begun_study(place: Place) -> list[str]:
+    """Return the files that the rest of a study is made from."""
+    return [
+        n for n in sorted(place.files)
+        if re.search(r"/checkpoint/|/chunks/|/job.json|/cohorts/|_images/|events|spec.json", n)
+        and ("/trials/" not in n or n.split("/")[2] in {t.trial_id for t in place.plan.trials[1:]})
+    ]  # fmt: skip
+
+
+def test_damage_in_any_file_of_a_finished_study_is_mended_or_named(finished: Place, tally: Tally) -> None:
+    outcomes = damage_finished(finished, 1, seed=1, n_trials=1)
+    tally(f"{outcomes.total()} damages: {dict(outcomes)}")
+    assert len(outcomes) == 2
+
+
+def test_damage_in_what_a_begun_study_goes_on_from_changes_no_byte(
+    begun: Place, undisturbed: Undisturbed, tally: Tally
+) -> None:
+    names = {kind(n): n for n in of_a_begun_study(begun)}  # the newest of each kind
+    outcomes = damage_begun(begun, undisturbed, sorted(names.values()), 1, seed=2)
+    tally(f"{outcomes.total()} damages: {dict(outcomes)}")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+def test_much_damage_in_every_file(finished: Place, begun: Place, undisturbed: Undisturbed, tally: Tally) -> None:
+    outcomes = damage_finished(finished, 4, seed=3, n_trials=3)
+    tally(f"finished study: {outcomes.total()} damages: {dict(outcomes)}")
+    outcomes = damage_begun(begun, undisturbed, of_a_begun_study(begun), 2, seed=4)
+    tally(f"begun study: {outcomes.total()} damages: {dict(outcomes)}")
+
+
+def test_the_remedy_for_a_damaged_trial_trains_it_to_the_same_bytes(finished: Place, undisturbed: Undisturbed) -> None:
+    finished.restore()
+    trial = finished.root / "tiny" / "trials" / finished.plan.trials[0].trial_id
+    predictions = trial / "predictions.parquet"
+    predictions.write_bytes(flipped(predictions.read_bytes(), stream(5, "flip")))
+    with pytest.raises(StudyError, match=r"delete result\.json of this trial and run again"):
+        run_study(finished.plan, finished.storage, executor="plain")
+    (trial / "result.json").unlink()
+    assert run_study(finished.plan, finished.storage, executor="plain").trained == 1
+    undisturbed.assert_same(finished.root)
+
+
+@pytest.mark.parametrize(
+    "name", ["result.json", "predictions.parquet", "pairs.parquet", "specificity.json", "maps.safetensors"]
+)
+def test_a_report_is_never_made_of_damaged_files(name: str, finished: Place) -> None:
+    finished.restore()
+    study = Study(finished.storage.child("tiny"))
+    file = sorted((finished.root / "tiny" / "trials").rglob(name))[-1]
+    file.write_bytes(flipped(file.read_bytes(), stream(6, name)))
+    with pytest.raises(StudyError) as refusal:
+        read_everything(study)
+    assert refusal.value.where == str(file)
+    assert refusal.value.remedy
