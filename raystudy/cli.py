@@ -76,7 +76,7 @@ def plan(
     experiment: Annotated[Path | None, typer.Argument(help="The experiment file.")] = None,
     as_json: AsJson = False,
     check: Annotated[
-        float | None, typer.Option("--check", help="Is this accuracy (percent) attainable at --n?")
+        str | None, typer.Option("--check", help="Is this accuracy (percent, as printed) attainable at --n?")
     ] = None,
     n: Annotated[int | None, typer.Option("--n", help="Number of test images, with --check.")] = None,
     overrides: Overrides = None,

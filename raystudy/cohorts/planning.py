@@ -11,12 +11,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal, InvalidOperation
+from itertools import product
 
 import pandas as pd
+from scipy.special import betaincinv
 
 from raystudy.cohorts.build import Cohorts
 from raystudy.cohorts.have_need import CLASS_NAMES, Cell
+from raystudy.cohorts.labels import NEGATIVE, POSITIVE, label_rows
 from raystudy.cohorts.settings import ANY_PATHOLOGY_TASK, CohortSettings, Source, TaskSettings
+from raystudy.cohorts.tables import SourceTable
+from raystudy.cohorts.vocabulary import BIT, NO_FINDING, SUPPORT_DEVICES
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 COUNT_COLUMNS = ("task", "cohort_seed", "h1_share", "split", "test_set", "source", "class", "images", "patients")
@@ -27,7 +32,8 @@ class TestSet:
     """One test set and the 95 % half-width, in points, of an accuracy of 50 % on it.
 
     ``half_width`` takes films as independent; ``half_width_clustered`` takes a patient's films as one (Kish's
-    effective n = (Σm)²/Σm² of the films m per patient), so that the truth lies between the two.
+    effective n = (Σm)²/Σm² of the films m per patient), so that the truth lies between the two.  ``half_width_exact``
+    is the binomial one (Clopper and Pearson) of independent films: what a small test set needs.
     """
 
     __test__ = False  # not a test class, whatever its name begins with
@@ -38,6 +44,7 @@ class TestSet:
     images: int
     patients: int
     half_width: float
+    half_width_exact: float
     half_width_clustered: float
 
 
@@ -55,8 +62,9 @@ class Policy:
 class CohortPlan:
     """The numbers of a study's cohorts.
 
-    ``counts``: one row per (task, cohort seed, mixture or test set, split, source, class), columns ``COUNT_COLUMNS``;
-    ``h1_share`` is −1 for test sets.  ``overlap``: patients in more than one split of a trial.
+    ``counts``: one row per (task, cohort seed, mixture or test set, split, source, class), columns ``COUNT_COLUMNS``,
+    also where a cell takes nothing; ``h1_share`` is −1 for test sets.  ``overlap``: patients in more than one split of
+    a trial.
     """
 
     counts: pd.DataFrame
@@ -95,40 +103,68 @@ def plan_cohorts(
     for task, seed in dict.fromkeys((c.task, c.cohort_seed) for c in cohorts.cells):
         test = cohorts.tests(task, seed)
         tested = set(test["patient_id"])
-        counts.append(_counted(test, task, seed, -1))
+        counts.append(_counted(test, cohorts.sources).assign(task=task, cohort_seed=seed, h1_share=-1))
         for share in cohorts.mixtures:
             trial = cohorts.cohort(task, share, seed)
             trained, checked = (set(trial.loc[trial["role"] == role, "patient_id"]) for role in ("train", "val"))
             overlap += len(trained & checked) + len(trained & tested) + len(checked & tested)
-            counts.append(_counted(trial.assign(test_set=""), task, seed, share))
+            counted = _counted(trial.assign(test_set=""), cohorts.sources)
+            counts.append(counted.assign(task=task, cohort_seed=seed, h1_share=share))
         for name, films in test.groupby("test_set", sort=False):
             tests.append(_precision(task, seed, str(name), films))
     table = cohorts.table
     return CohortPlan(
-        counts=pd.concat(counts, ignore_index=True),
+        counts=pd.concat(counts, ignore_index=True)[list(COUNT_COLUMNS)],
         overlap=overlap,
         tests=tuple(tests),
-        policies=policies(tasks, sources, settings),
+        policies=policies(tasks, sources, settings, _devices(cohorts.tables, settings)),
         cells=cohorts.cells,
-        sources={t.name: t.notes for t in cohorts.tables},
+        sources={t.name: (*t.notes, *_kept_out(t, tasks, settings)) for t in cohorts.tables},
         images=len(table),
         patients=int(table["patient_id"].nunique()),
     )
 
 
-def _counted(films: pd.DataFrame, task: str, seed: int, share: int) -> pd.DataFrame:
-    groups = films.groupby(["role", "test_set", "source", "label"], sort=False, observed=True)
-    counted = groups.agg(images=("image_id", "size"), patients=("patient_id", "nunique")).reset_index()
+def _counted(films: pd.DataFrame, sources: tuple[str, str]) -> pd.DataFrame:
+    groups = films.groupby(["role", "test_set", "source", "label"], sort=False)
+    counted = groups.agg(images=("image_id", "size"), patients=("patient_id", "nunique"))
+    parts = films[["role", "test_set"]].drop_duplicates().itertuples(index=False, name=None)
+    cells = [(*part, *cell) for part, cell in product(parts, product(sources, (POSITIVE, NEGATIVE)))]
+    counted = counted.reindex(pd.MultiIndex.from_tuples(cells, names=counted.index.names), fill_value=0).reset_index()
     counted = counted.rename(columns={"role": "split", "label": "class"})
-    counted["class"] = counted["class"].map(CLASS_NAMES)
-    return counted.assign(task=task, cohort_seed=seed, h1_share=share)[list(COUNT_COLUMNS)]
+    return counted.assign(**{"class": counted["class"].map(CLASS_NAMES)})
+
+
+def _kept_out(table: SourceTable, tasks: Mapping[str, TaskSettings], settings: CohortSettings) -> tuple[str, ...]:
+    """Tell what the rows hold that are in no cohort: CheXpert's official validation films under h2_test: holdout."""
+    rows = table.rows[table.rows["split"] == "unused"]
+    if rows.empty:
+        return ()
+    counts: list[str] = []
+    for name, task in tasks.items():
+        labels = label_rows(rows, task, table.name, settings)
+        counts.append(f"{name} {(labels == POSITIVE).sum()} positive, {(labels == NEGATIVE).sum()} negative")
+    return (f"the rows that are not used hold {'; '.join(counts)}",)
+
+
+def _devices(tables: tuple[SourceTable, SourceTable], settings: CohortSettings) -> str:
+    """Tell how many of the films without a finding show support devices."""
+    shares: list[str] = []
+    for table in tables:
+        rows = table.rows[table.rows["split"] != "unused"]
+        normal = rows["found"] & BIT[NO_FINDING] != 0
+        if settings.views == "frontal":
+            normal &= rows["view"] != "LATERAL"
+        devices = normal & (rows["found"] & BIT[SUPPORT_DEVICES] != 0)
+        shares.append(f"{table.name} {devices.sum()} of {normal.sum()}")
+    return ", ".join(shares)
 
 
 def _precision(task: str, seed: int, name: str, films: pd.DataFrame) -> TestSet:
     sizes = films.groupby("patient_id").size().to_numpy()
     n = len(films)
     effective = n**2 / float((sizes**2).sum())
-    return TestSet(task, seed, name, n, len(sizes), half_width(n), half_width(effective))
+    return TestSet(task, seed, name, n, len(sizes), half_width(n), exact_half_width(n), half_width(effective))
 
 
 def half_width(n: float, accuracy: float = 50.0) -> float:
@@ -137,6 +173,14 @@ def half_width(n: float, accuracy: float = 50.0) -> float:
         raise ValueError("a test set needs at least one film")
     share = accuracy / 100
     return 100 * Z95 * math.sqrt(share * (1 - share) / n)
+
+
+def exact_half_width(n: int) -> float:
+    """Return half of the 95 % binomial interval in points (Clopper and Pearson 1934) when n // 2 of n are right."""
+    k = n // 2
+    low = float(betaincinv(k, n - k + 1, 0.025)) if k else 0.0
+    high = float(betaincinv(k + 1, n - k, 0.975))
+    return 100 * (high - low) / 2
 
 
 def attainable(percent: float | str, n: int) -> Attainable:
@@ -185,9 +229,9 @@ def _correct(value: Decimal, n: int, half: Decimal) -> int | None:
 
 
 def policies(
-    tasks: Mapping[str, TaskSettings], sources: Mapping[str, Source], settings: CohortSettings
+    tasks: Mapping[str, TaskSettings], sources: Mapping[str, Source], settings: CohortSettings, devices: str = ""
 ) -> tuple[Policy, ...]:
-    """Return the fifteen decisions, as this study takes them."""
+    """Return the fifteen decisions, as this study takes them; ``devices``: No Finding films with devices, counted."""
     kinds = {source.kind for source in sources.values()}
     unused = " (no CheXpert source here)" if "chexpert" not in kinds else ""
     given = "" if "nih" in kinds else " (no NIH source here)"
@@ -214,7 +258,9 @@ def policies(
             7,
             "normal_without_devices",
             _text(settings.normal_without_devices),
-            "No Finding films with support devices are " + ("left out" if settings.normal_without_devices else "kept"),
+            "No Finding films with support devices are "
+            + ("left out" if settings.normal_without_devices else "kept")
+            + (f": {devices}" if devices else ""),
         ),
         Policy(
             8, "views", settings.views, "lateral films are " + ("left out" if settings.views == "frontal" else "kept")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from raystudy.cohorts.have_need import CLASS_NAMES
 from raystudy.cohorts.planning import Attainable, CohortPlan, attainable, plan_cohorts
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
@@ -17,25 +19,57 @@ from raystudy.orchestrate.cost import Cost, estimate
 from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.search import search_experiment
 from raystudy.status_text import clock
-from raystudy.storage import open_storage
+from raystudy.storage import Storage, open_storage
 
 FEWEST_JOINT_STEPS = 500
+WIDE = 200  # columns of tables that go into a file or a pipe
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The cohorts of some arms of an ablation: the values of the axes that decide who is in, and the counts."""
+
+    axes: dict[str, Any]
+    cohorts: CohortPlan
 
 
 def print_plan(experiment: Experiment, as_json: bool) -> None:
     """Print the plan of an experiment; trains nothing and reads no pixel."""
     asked = search_experiment(experiment) if experiment.search else experiment
-    plan = plan_study(asked, open_storage(experiment.storage))
-    arm = plan.arms[0]
-    cohorts = plan_cohorts(arm.cohorts, arm.experiment.tasks, arm.experiment.sources, arm.experiment.cohort)
+    storage, problems = _storage(asked)
+    plan = plan_study(asked, storage)
+    variants = _variants(plan)
     cost = estimate(plan)
+    warnings = problems + warnings_of(plan.experiment, cost)
     if as_json:
-        print(json.dumps(_as_dict(plan, cohorts, cost), indent=2, default=str))
+        print(json.dumps(_as_dict(plan, variants, cost, warnings), indent=2, default=str))
     else:
-        _print_tables(plan, cohorts, cost, Console(soft_wrap=True))
+        _print_plan(plan, variants, cost, warnings, Console(width=None if sys.stdout.isatty() else WIDE))
 
 
-def print_attainable(percent: float, n: int, as_json: bool) -> None:
+def _storage(experiment: Experiment) -> tuple[Storage, list[str]]:
+    """Return where phantoms lie; a plan of real films needs no storage and only warns of a bad one."""
+    try:
+        return open_storage(experiment.storage), []
+    except StudyError as error:
+        if any(source.kind == "phantom" for source in experiment.sources.values()):
+            raise
+        return open_storage("."), [f"{error.where or 'storage'}: {error.what}; `run` needs `storage` or --storage"]
+
+
+def _variants(plan: StudyPlan) -> list[Variant]:
+    """Return each different set of cohorts once, with the axis values that it stands for."""
+    varied = [k for k, values in plan.experiment.axes.items() if k.startswith("cohort.") and len(values) > 1]
+    found: dict[int, Variant] = {}
+    for arm in plan.arms:
+        if id(arm.cohorts) not in found:
+            experiment = arm.experiment
+            counted = plan_cohorts(arm.cohorts, experiment.tasks, experiment.sources, experiment.cohort)
+            found[id(arm.cohorts)] = Variant({k: arm.axes[k] for k in varied}, counted)
+    return list(found.values())
+
+
+def print_attainable(percent: str, n: int, as_json: bool) -> None:
     """Print whether a published accuracy can come from n test films."""
     try:
         found = attainable(percent, n)
@@ -71,71 +105,115 @@ def warnings_of(experiment: Experiment, cost: Cost) -> list[str]:
     return found
 
 
-def _as_dict(plan: StudyPlan, cohorts: CohortPlan, cost: Cost) -> dict[str, Any]:
+def _as_dict(plan: StudyPlan, variants: list[Variant], cost: Cost, warnings: list[str]) -> dict[str, Any]:
+    table = plan.image_table
+    axes = [{f"axis.{k}": v for k, v in variant.axes.items()} for variant in variants]
+    both = list(zip(axes, (v.cohorts for v in variants), strict=True))
     return {
         "study": plan.experiment.name,
         "trials": [t.trial_id for t in plan.trials],
-        "counts": cohorts.counts.to_dict(orient="records"),
-        "patients_in_two_splits": cohorts.overlap,
-        "test_sets": [asdict(t) for t in cohorts.tests],
-        "policies": [asdict(p) for p in cohorts.policies],
-        "sources": cohorts.sources,
-        "images": cohorts.images,
-        "patients": cohorts.patients,
+        "counts": [a | row for a, c in both for row in c.counts.to_dict(orient="records")],
+        "cells": [a | asdict(cell) for a, c in both for cell in c.cells],
+        "patients_in_two_splits": sum(c.overlap for _, c in both),
+        "test_sets": [a | asdict(t) for a, c in both for t in c.tests],
+        "policies": [a | asdict(p) for a, c in both for p in c.policies],
+        "sources": variants[0].cohorts.sources,
+        "images": len(table),
+        "patients": int(table["patient_id"].nunique()),
         "cost": {**asdict(cost), "seconds": cost.seconds if cost.seconds is not None else "unknown"},
-        "warnings": warnings_of(plan.experiment, cost),
+        "warnings": warnings,
     }
 
 
-def _print_tables(plan: StudyPlan, cohorts: CohortPlan, cost: Cost, console: Console) -> None:
-    experiment = plan.experiment
-    axes = "".join(f" × {len(v)} {k}" for k, v in experiment.axes.items())
-    axes += f" × {experiment.search.trials} suggestions" if experiment.search else ""
-    parts = f"{len(experiment.tasks)} tasks × {len(experiment.mixtures)} mixtures × {len(experiment.seeds)} seeds"
-    console.print(f"[bold]{experiment.name}[/bold]: {cost.trials} trials ({parts}{axes})")
-    console.print(f"{cohorts.images} films of {cohorts.patients} patients; patients in two splits: {cohorts.overlap}")
-    for name, notes in cohorts.sources.items():
+def _print_plan(plan: StudyPlan, variants: list[Variant], cost: Cost, warnings: list[str], console: Console) -> None:
+    experiment, table = plan.experiment, plan.image_table
+    overlap = sum(v.cohorts.overlap for v in variants)
+    console.print(f"[bold]{experiment.name}[/bold]: {cost.trials} trials ({_product(experiment)})", soft_wrap=True)
+    patients = table["patient_id"].nunique()
+    console.print(f"{len(table)} films of {patients} patients; patients in two splits: {overlap}")
+    for name, notes in variants[0].cohorts.sources.items():
         for note in notes:
-            console.print(f"  {name}: {note}", markup=False)
-    for task in experiment.tasks:
-        console.print(_mixtures_table(cohorts.counts, task, list(experiment.sources)))
-        console.print(_tests_table(cohorts, task))
-    policies = Table("", "policy", "value", "what it does", title="Who decides what", title_justify="left")
-    for policy in cohorts.policies:
-        policies.add_row(str(policy.number), policy.setting, policy.value, policy.effect)
-    console.print(policies)
-    console.print(f"storage: about {cost.bytes / 1e9:.2g} GB; joint training steps a trial: {cost.joint_steps}")
+            console.print(f"  {name}: {note}", markup=False, soft_wrap=True)
+    for variant in variants:
+        for task in experiment.tasks:
+            for seed in experiment.cohort_seeds:
+                title = _title(task, variant, seed if len(experiment.cohort_seeds) > 1 else None)
+                console.print(_counts_table(variant.cohorts, task, seed, list(experiment.sources), title))
+                for line in _precision_lines(variant.cohorts, task, seed):
+                    console.print(line, soft_wrap=True)
+    console.print(_policies_table(variants))
+    steps = f"joint training steps a trial: {cost.joint_steps}"
+    console.print(f"storage: about {cost.bytes / 1e9:.2g} GB; {steps}", soft_wrap=True)
     if cost.seconds is None:
-        console.print(f"time: unknown ({cost.why_unknown})")
+        time = f"unknown ({cost.why_unknown})"
     else:
-        console.print(f"time: about {clock(cost.seconds)} here, {cost.concurrent} trials at a time (measured just now)")
-    for warning in warnings_of(experiment, cost):
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+        time = f"about {clock(cost.seconds)} here, {cost.concurrent} trials at a time (measured just now)"
+    console.print(f"time: {time}", soft_wrap=True)
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
 
 
-def _mixtures_table(counts: pd.DataFrame, task: str, sources: list[str]) -> Table:
-    table = Table(title=f"{task}: images (patients)", title_justify="left")
-    table.add_column("mixture")
-    rows = counts[(counts["task"] == task) & (counts["cohort_seed"] == counts["cohort_seed"].iloc[0])]
-    cells = [
-        (split, source, label) for split in ("train", "val") for source in sources for label in ("positive", "negative")
+def _product(experiment: Experiment) -> str:
+    """Return what is multiplied to the number of trials."""
+    factors = [(len(experiment.tasks), "tasks"), (len(experiment.mixtures), "mixtures")]
+    factors += [(len(experiment.cohort_seeds), "cohort seeds")] if len(experiment.cohort_seeds) > 1 else []
+    factors += [(len(experiment.seeds), "seeds"), *((len(v), k) for k, v in experiment.axes.items())]
+    factors += [(experiment.search.trials, "suggestions")] if experiment.search else []
+    return " × ".join(f"{n} {what}" for n, what in factors)
+
+
+def _title(task: str, variant: Variant, seed: int | None) -> str:
+    parts = [
+        task,
+        *(f"{k} {v}" for k, v in variant.axes.items()),
+        *([f"cohort seed {seed}"] if seed is not None else []),
     ]
-    for split, source, label in cells:
-        table.add_column(f"{split}\n{source}\n{label}", justify="right")
-    for share in sorted(s for s in rows["h1_share"].unique() if s >= 0):
-        one = rows[rows["h1_share"] == share]
-        shown = [f"{share}H1-{100 - share}H2"]
-        for split, source, label in cells:
-            cell = one[(one["split"] == split) & (one["source"] == source) & (one["class"] == label)]
-            shown.append(f"{cell['images'].iloc[0]} ({cell['patients'].iloc[0]})" if len(cell) else "0")
-        table.add_row(*shown)
+    return f"{', '.join(parts)}: images (patients)"
+
+
+def _counts_table(cohorts: CohortPlan, task: str, seed: int, sources: list[str], title: str) -> Table:
+    """One row per mixture and split, or test set; one column per source and class."""
+    columns = [(source, label) for source in sources for label in (1, 0)]
+    table = Table("mixture", "split", title=title, title_justify="left")
+    for column in table.columns:
+        column.no_wrap = True
+    for source, label in columns:
+        table.add_column(f"{source}\n{CLASS_NAMES[label]}", justify="right", no_wrap=True)
+    have = {(c.split, c.source, c.label): c.have for c in cohorts.cells if (c.task, c.cohort_seed) == (task, seed)}
+    for split in dict.fromkeys(split for split, _, _ in have):
+        table.add_row(
+            "available", split, *(str(have[split, *column]) for column in columns), end_section=split == "test"
+        )
+    rows: dict[tuple[int, str, str], dict[tuple[str, str], str]] = {}
+    for c in cohorts.counts.to_dict(orient="records"):
+        if (c["task"], c["cohort_seed"]) == (task, seed):
+            row = rows.setdefault((c["h1_share"], c["split"], c["test_set"]), {})
+            row[c["source"], c["class"]] = _cell(c["images"], c["patients"])
+    for share, split, test in sorted(rows, key=lambda row: (row[0] < 0, row[0])):  # the test sets last
+        shown = [rows[share, split, test][source, CLASS_NAMES[label]] for source, label in columns]
+        table.add_row(test or f"{share}H1-{100 - share}H2", split, *shown)
     return table
 
 
-def _tests_table(cohorts: CohortPlan, task: str) -> Table:
-    table = Table("test set", "images", "patients", "95 % half-width of an accuracy", title_justify="left")
-    for test in cohorts.tests:
-        if test.task == task:
-            width = f"±{test.half_width:.1f} points (±{test.half_width_clustered:.1f} by patient)"
-            table.add_row(test.name, str(test.images), str(test.patients), width)
+def _cell(images: int, patients: int) -> str:
+    return f"{images} ({patients})" if images else "0"
+
+
+def _precision_lines(cohorts: CohortPlan, task: str, seed: int) -> list[str]:
+    return [
+        f"{t.name}: {t.images} images of {t.patients} patients; 95 % half-width of an accuracy "
+        f"±{t.half_width:.1f} points "
+        f"(exact binomial ±{t.half_width_exact:.1f}, by patient ±{t.half_width_clustered:.1f})"
+        for t in cohorts.tests
+        if (t.task, t.cohort_seed) == (task, seed)
+    ]
+
+
+def _policies_table(variants: list[Variant]) -> Table:
+    """One row a policy; where an axis varies it, one row for each of its values."""
+    table = Table("", "policy", "value", "what it does", title="Who decides what", title_justify="left")
+    table.columns[1].no_wrap = True
+    policies = dict.fromkeys(p for variant in variants for p in variant.cohorts.policies)
+    for policy in sorted(policies, key=lambda p: p.number):
+        table.add_row(str(policy.number), policy.setting, policy.value, policy.effect)
     return table

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from raystudy.cohorts.build import Cohorts
 from raystudy.cohorts.labels import label_rows
-from raystudy.cohorts.planning import attainable, half_width, plan_cohorts, policies
+from raystudy.cohorts.planning import attainable, exact_half_width, half_width, plan_cohorts, policies
 from raystudy.cohorts.settings import CohortSettings, TaskSettings
 from raystudy.cohorts.sources import read_source
 from raystudy.errors import StudyError
@@ -50,6 +50,9 @@ def test_plan_of_the_real_tables_has_no_overlap_and_the_paper_totals() -> None:
     assert len(plan.counts.query("task == 'pneumonia' and h1_share == 10 and split == 'train'")) == 4
     assert {t.images for t in plan.tests} == {290}
     assert all(t.half_width < t.half_width_clustered for t in plan.tests)  # some patients give several films
+    assert plan.policies[6].effect.endswith("kept: H1 0 of 60361, H2 7421 of 16974")
+    assert "pneumonia 8 positive" in plan.sources["H2"][-1]  # the official validation films, which are not used
+    assert plan.sources["H1"][-1] == "split paper_counts"
 
 
 def test_official_valid_is_refused_with_have_8_need_145() -> None:
@@ -91,10 +94,11 @@ def test_full_tables_are_planned_within_ten_seconds_and_1500_megabytes() -> None
     """One process reads both tables (335,534 rows), draws 22 cohorts and counts them."""
     shared("data", "metadata")
     code = (
-        "import resource, time\n"
+        "import time\n"
         "from tests.cohorts.test_planning import *\n"
         "plan_cohorts(real_cohorts(), TASKS, real_sources(), CohortSettings(**PAPER))\n"
-        "print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(time.process_time(), peak)"  # ru_maxrss would tell of the process that started this one
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     seconds, kilobytes = map(float, done.stdout.split())
@@ -120,6 +124,8 @@ def test_counts_of_a_plan_are_those_of_the_frames() -> None:
 
 def test_half_width_is_the_normal_one_and_counts_a_patient_once_when_clustered() -> None:
     assert half_width(290) == pytest.approx(100 * 1.959964 * sqrt(0.25 / 290), abs=1e-4)
+    assert exact_half_width(10) == pytest.approx(31.29, abs=0.005)  # 5 of 10: 18.71 % to 81.29 %
+    assert exact_half_width(1) == pytest.approx(48.75, abs=0.005)  # 0 of 1: 0 % to 97.5 %
     rows = hospital("H1", 3, 400), hospital("H2", 4, 400)
     for test in plan_cohorts(draw(rows), TASKS, {}, CohortSettings()).tests:
         films = draw(rows).tests(test.task, 0).query("test_set == @test.name")
