@@ -242,10 +242,9 @@ def _store_of(place: Path, n: int) -> tuple[Storage, str, list[str]]:
         Image.fromarray(rng.integers(20, 236, (14, 14), dtype=np.uint8)).resize((224, 224), 3), np.int16
     )
     for start in range(0, n, 64):
-        block = f"b{start:05d}"
         noise = rng.integers(-3, 4, (min(64, n - start), 224, 224))
         films = [Film(f"f{start + i}", "", (smooth + part).astype(np.uint8), None) for i, part in enumerate(noise)]
-        write_block(storage, pixels, block, films, 224)
+        block = write_block(storage, pixels, films, 224)
         index += [{"image_id": f.fingerprint, "block": block, "row": i, "sha256": ""} for i, f in enumerate(films)]
     storage.write_table(f"{FOLDER}/{key}/index.parquet", pa.Table.from_pylist(index))
     order = stream(0, "bench", "order").permutation(n)
