@@ -190,7 +190,7 @@ def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float | None = N
     if not text or "\0" in text:
         raise StudyError("the storage address is empty", remedy="a path or s3://bucket/prefix")
     if "://" not in text:
-        return Storage(str(Path(text).expanduser().absolute()), retry_seconds)
+        return Storage(os.path.abspath(Path(text).expanduser()), retry_seconds)  # no ".." is left in it
     parts = urlsplit(text)
     if parts.username or parts.password or parts.query:
         raise StudyError(
@@ -199,7 +199,7 @@ def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float | None = N
             remedy="give them in the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
         )
     if parts.scheme == "file":
-        return Storage(str(Path(unquote(parts.path)).absolute()), retry_seconds)
+        return Storage(os.path.abspath(unquote(parts.path)), retry_seconds)
     if parts.scheme == "s3" and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", parts.netloc):
         raise StudyError(f"{parts.netloc!r} is not a bucket's name", where=text, remedy="s3://bucket/prefix")
     return Storage(text.rstrip("/"), retry_seconds)

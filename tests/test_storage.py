@@ -16,6 +16,7 @@ import pyarrow.fs
 import pytest
 
 from raystudy.errors import StudyError
+from raystudy.images.originals import locate
 from raystudy.object_stores import ArrowFolder
 from raystudy.storage import Storage, open_storage
 from tests.s3_server import ADMIN, READER, Door, S3Server
@@ -387,3 +388,15 @@ def test_a_forked_process_is_told_so_instead_of_waiting_for_ever(s3_bucket: str)
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=60)
     assert done.returncode == 7
+
+
+def test_a_folder_beside_the_current_one_is_named_without_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "beside").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for address in ("../beside", f"file://{tmp_path}/here/../beside"):
+        storage = open_storage(address)
+        assert storage.uri == str(tmp_path / "beside")
+        storage.write_bytes("film", b"x")
+    root, folder, name = locate("../beside/film")
+    assert root.read_bytes(f"{folder}/{name}") == b"x"
