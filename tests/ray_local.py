@@ -14,7 +14,10 @@ from tests.s3_server import S3Server
 
 @pytest.fixture(scope="session")
 def ray_local(s3_environment: S3Server) -> Iterator[None]:
-    """Ray on this machine with two CPUs; its workers know the S3 server's address (start it with ``s3_server``)."""
+    """Ray with two CPUs and a GPU that is only counted.
+
+    Its workers know the S3 server's address (start it with ``s3_server``).
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray warns of its own defaults while it starts
@@ -22,6 +25,7 @@ def ray_local(s3_environment: S3Server) -> Iterator[None]:
 
         ray.init(
             num_cpus=2,
+            num_gpus=1,
             include_dashboard=False,
             object_store_memory=200_000_000,
             log_to_driver=False,

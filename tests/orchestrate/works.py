@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -22,15 +23,25 @@ def null(assignment: Assignment, images: ImageArray, should_stop: Callable[[], b
     return "finished"
 
 
-def note(assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
-    """Note from when to when; the first ones wait for four of them, so that slow starts do not hide an overlap."""
-    start, mine = time.time(), Path(assignment.directory.uri)
-    (mine / "started").touch()
-    while len(list(mine.parent.glob("*/started"))) < 4 and time.time() < start + 60:
-        time.sleep(0.05)
-    time.sleep(0.6)
-    line = {"start": start, "end": time.time(), "writeable": bool(images.pixels.flags.writeable)}
-    assignment.directory.write_json("times.json", line)
+def in_fours(assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
+    """Come in, wait until the party of four is whole, stay a while, and leave together; note the most ever inside."""
+    hall = assignment.study.storage.child("hall")
+    number = next(n for n in itertools.count(1) if hall.create_exclusive(f"came-{n:03d}", b""))
+    whole, most, looks = 4 * math.ceil(number / 4), 0, 0
+
+    def count(what: str) -> int:
+        return sum(name.startswith(what) for name in hall.list())
+
+    while count("stayed") < whole:  # nobody leaves before all four have seen each other
+        came = count("came")  # before those who left, so nobody is counted twice
+        most = max(most, came - count("left"))
+        looks += came >= whole
+        if looks == 50:
+            hall.write_bytes(f"stayed-{number:03d}", b"")
+        time.sleep(0.02)
+    note = {"most": most, "whole": whole, "writeable": bool(images.pixels.flags.writeable)}
+    assignment.directory.write_json("note.json", note)
+    hall.write_bytes(f"left-{number:03d}", b"")
     return null(assignment, images, should_stop)
 
 
