@@ -11,6 +11,7 @@ import torch
 from raystudy.checkpoint import Checkpoints
 from raystudy.storage import open_storage
 from raystudy.streams import stream
+from tests.faults.conftest import Tally
 
 TENSORS = {"w": torch.arange(8, dtype=torch.float32)}
 
@@ -51,7 +52,7 @@ def prefixes(first: dict[str, bytes], second: dict[str, bytes]) -> Iterator[dict
 
 
 @pytest.mark.parametrize("n_before", [0, 1])
-def test_every_prefix_of_a_checkpoint_write_leaves_the_one_before(tmp_path: Path, n_before: int) -> None:
+def test_every_prefix_of_a_checkpoint_write_leaves_the_one_before(tmp_path: Path, n_before: int, tally: Tally) -> None:
     second = written(tmp_path / "two", 2)
     first = {n: data for n, data in second.items() if "000001" in n} if n_before else {}
     states = list(prefixes(first, second))
@@ -60,7 +61,7 @@ def test_every_prefix_of_a_checkpoint_write_leaves_the_one_before(tmp_path: Path
         assert epoch_read(tmp_path / "cut") == n_before
     put(tmp_path / "cut", states[-1])
     assert epoch_read(tmp_path / "cut") == 2
-    print(f"{len(states)} prefixes")
+    tally(f"{len(states)} prefixes of a checkpoint write")
 
 
 def test_a_flipped_bit_in_the_newest_checkpoint_is_found_wherever_it_is(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from raystudy.storage import open_storage
 from raystudy.streams import stream
 from raystudy.trial import TrialInterrupted, TrialSpec, run_trial
+from tests.faults.conftest import Tally
 from tests.trial_example import MODEL, contents, data, spec
 
 STAGES = ("warm", "joint", "projection", "last_layer", "evaluate")
@@ -88,7 +89,7 @@ def test_a_trial_killed_in_a_stage_ends_with_the_same_bytes(
     assert contents(tmp_path / "killed") == whole
 
 
-def kill_at_random_moments(folder: Path, n_kills: int, seed: int) -> Counter[str]:
+def kill_at_random_moments(folder: Path, n_kills: int, seed: int, tally: Tally) -> Counter[str]:
     """Kill a trial's process so many times, a new trial after each end; every end must be the same bytes."""
     run_trial(LONG, *data(), open_storage(folder / "whole"))
     whole, draw, died = contents(folder / "whole"), stream(seed, "kills"), Counter[str]()
@@ -109,16 +110,16 @@ def kill_at_random_moments(folder: Path, n_kills: int, seed: int) -> Counter[str
         run_trial(LONG, *data(), storage)
         assert contents(folder / f"{trials}") == whole
         resumed += sum(e["event"] == "resumed" for e in storage.read_events("events"))
-    print(f"{died.total()} kills: {dict(died)}; {resumed} resumed from a checkpoint; {trials} trials, identical")
+    tally(f"{died.total()} kills ({dict(died)}), {resumed} resumed from a checkpoint, {trials} trials, identical")
     return died
 
 
-def test_a_trial_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    assert kill_at_random_moments(tmp_path, 5, seed=1).total() == 5
+def test_a_trial_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path, tally: Tally) -> None:
+    assert kill_at_random_moments(tmp_path, 5, seed=1, tally=tally).total() == 5
 
 
 @pytest.mark.faults
-def test_a_hundred_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
-    died = kill_at_random_moments(tmp_path, 100, seed=2)
+def test_a_hundred_kills_at_random_moments_change_no_byte(tmp_path: Path, tally: Tally) -> None:
+    died = kill_at_random_moments(tmp_path, 100, seed=2, tally=tally)
     assert died.total() == 100
     assert {"warm", "joint", "last_layer"} <= set(died)
