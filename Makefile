@@ -34,7 +34,7 @@ bench: $(VENV)/test-installed
 
 test-cluster: $(VENV)/test-installed
 	tests/install_system_packages.sh
-	$(QUIET_SERVICES) $(BIN)/pytest -q -m cluster tests/cluster
+	$(QUIET_SERVICES) $(BIN)/pytest -q -raP -m cluster tests/cluster
 
 test-faults: $(VENV)/test-installed
 	$(QUIET_SERVICES) OMP_NUM_THREADS=1 $(BIN)/pytest -q -m faults tests

@@ -1,8 +1,8 @@
 """A lab of SSH hosts on one machine: own network, processes, mounts and name each; nothing outside is reached.
 
 Three hosts (head, w1, w2) and a client hang on one bridge inside network namespaces that this module makes and removes.
-A host's home is an overlay and its /tmp is its own, so a local path of one host is not there on another.  Processes are
-ended by ending the first process of a host's own PID namespace.
+A host's home is an overlay in memory and its /tmp/ray is its own, so a local path below them is not there on another.
+Processes are ended by ending the first process of a host's own PID namespace.
 """
 
 from __future__ import annotations
@@ -21,10 +21,22 @@ CLIENT = "10.77.0.1"
 NEEDED = ("ip", "unshare", "nsenter", "sshd", "ssh-keygen", "rsync")
 
 
+# What every host needs, tried in namespaces that vanish with it.
+TRIAL_MOUNTS = """
+ip link add br0 type bridge && hostname host && mount -t tmpfs tmpfs /mnt && mkdir /mnt/upper /mnt/work &&
+mount -t overlay overlay -o lowerdir=/root,upperdir=/mnt/upper,workdir=/mnt/work /root
+"""
+
+
 def missing_tools() -> list[str]:
-    """Return what this machine lacks for a lab; root is needed too."""
+    """Return what this machine lacks for a lab: tools, root, or a kernel that lets root make namespaces."""
     lacking = [tool for tool in NEEDED if shutil.which(tool, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
-    return lacking + ([] if os.geteuid() == 0 else ["root"])
+    lacking += [] if os.geteuid() == 0 else ["root"]
+    if lacking:
+        return lacking
+    alone = ["unshare", "--net", "--pid", "--fork", "--mount", "--mount-proc", "--uts", "sh", "-c", TRIAL_MOUNTS]
+    allowed = subprocess.run(alone, check=False, capture_output=True).returncode == 0
+    return [] if allowed else ["namespaces of its own"]
 
 
 class Lab:
@@ -75,8 +87,7 @@ class Lab:
         _run("ip", "-n", space, "link", "set", "eth0", "up")
         _run("ip", "-n", space, "route", "add", "default", "via", CLIENT)
         home = self.folder / name
-        for part in ("upper", "work"):
-            (home / part).mkdir(parents=True)
+        (home / "disk").mkdir(parents=True)
         script = home / "boot.sh"
         script.write_text(self._boot_script(name))
         command = ["ip", "netns", "exec", space, "unshare", "--pid", "--fork", "--mount", "--mount-proc", "--uts"]
@@ -119,7 +130,9 @@ printf '127.0.0.1 localhost\\n{lines}\\n' > {home}/hosts
 mount --bind {home}/hosts /etc/hosts
 mount --bind {home}/resolv /etc/resolv.conf
 mkdir -p /run/sshd
-mount -t overlay overlay -o lowerdir=/root,upperdir={home}/upper,workdir={home}/work /root
+mount -t tmpfs -o size=1g tmpfs {home}/disk
+mkdir {home}/disk/upper {home}/disk/work
+mount -t overlay overlay -o lowerdir=/root,upperdir={home}/disk/upper,workdir={home}/disk/work /root
 rm -rf /root/.ray /root/.bash_history
 mkdir -p /tmp/ray
 mount -t tmpfs -o size=2g tmpfs /tmp/ray
@@ -141,6 +154,10 @@ exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin /usr/sbin/sshd -D -e -f /dev/null
         shown = _run("nsenter", "-t", str(first), "-p", "-m", "ps", "-eo", "args=")
         lines = [line.strip() for line in shown.splitlines()]
         return [line for line in lines if line and "sshd" not in line and not line.startswith("ps ")]
+
+    def ray_processes(self, name: str) -> list[str]:
+        """Return what Ray runs on a host."""
+        return [line for line in self.processes(name) if "ray/" in line or "raylet" in line or "ray::" in line]
 
     def command(self, *arguments: str) -> list[str]:
         """Return a command that runs on the client."""

@@ -1,13 +1,18 @@
-"""`ray up cluster.local.yaml` for real: three SSH hosts, a study on S3, a machine that dies, `ray down`."""
+"""The README's cluster commands for real: three SSH hosts, a study on S3, stopped, submitted again, a machine killed.
+
+With `-rP` it says at the end when what happened, what was killed and what went on.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +25,12 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 S3_PORT, DASHBOARD_PORT = 8333, 8265
 KEYS = {"AWS_ACCESS_KEY_ID": "raystudy", "AWS_SECRET_ACCESS_KEY": "raystudy-secret", "AWS_REGION": "us-east-1"}
+LACKING = missing_tools()
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(missing_tools())}"),
+    pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}"),
 ]
 
 EXPERIMENT = """
@@ -95,13 +101,19 @@ def _wait(what: str, seconds: float, ready: Callable[[], Any]) -> Any:
     until = time.monotonic() + seconds
     while not (found := ready()):
         assert time.monotonic() < until, f"{what} took more than {seconds} s"
-        time.sleep(2)
+        time.sleep(1)
+    _say(what)
     return found
+
+
+def _say(what: str) -> None:
+    print(time.strftime("%H:%M:%S"), what)
 
 
 def _cluster_file(lab: Lab, folder: Path) -> Path:
     """The committed file with the lab's addresses and key; the hosts share this machine's environment."""
     tree = yaml.safe_load((ROOT / "cluster.local.yaml").read_text())
+    tree["cluster_name"] = lab.prefix  # Ray remembers clusters by name; this one is not the user's
     head, *workers = HOSTS.values()
     tree["provider"] |= {"head_ip": head, "worker_ips": workers}
     tree["auth"] = {"ssh_user": "root", "ssh_private_key": str(lab.key)}
@@ -123,19 +135,77 @@ def _raystudy(lab: Lab, *arguments: str, check: bool = True) -> subprocess.Compl
     return _client(lab, str(BIN / "raystudy"), *arguments, check=check)
 
 
-def _states(lab: Lab, experiment: Path) -> dict[str, dict[str, Any]]:
+@contextlib.contextmanager
+def _dashboard(lab: Lab, cluster: Path, log: Path) -> Iterator[str]:
+    """`ray dashboard`: the head's dashboard at the client's loopback address, which is returned."""
+    command = lab.command(str(BIN / "ray"), "dashboard", str(cluster))
+    with log.open("wb") as out:
+        forward = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    address = f"http://127.0.0.1:{DASHBOARD_PORT}"
+
+    def answers() -> bool:
+        assert forward.poll() is None, log.read_text()
+        return _raystudy(lab, "doctor", "--address", address, check=False).returncode == 0
+
+    try:
+        _wait("ray dashboard", 60, answers)
+        yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(forward.pid, signal.SIGTERM)  # a session of its own: Ray and its ssh
+        forward.wait(30)
+
+
+def _status(lab: Lab, experiment: Path) -> dict[str, Any]:
     shown = _raystudy(lab, "status", str(experiment), "--json", check=False)
-    if shown.returncode:
-        return {}
-    return {t["trial_id"]: t for t in json.loads(shown.stdout)["trials"]}
+    return json.loads(shown.stdout) if shown.returncode == 0 else {"trials": [], "driver": "unknown"}
 
 
-def test_a_study_on_ssh_hosts_survives_the_death_of_a_machine(lab: Lab, bucket: None, tmp_path: Path) -> None:
+def _events(lab: Lab) -> dict[str, list[dict[str, Any]]]:
+    """Return the events of every trial that has any, read from S3."""
+    read = """
+import json
+from raystudy.study import Study
+study = Study.at("s3://studies/raystudy", "cluster")
+print(json.dumps({t: events for t in study.trial_ids() if (events := study.trial(t).read_events("events"))}))
+"""
+    found = _client(lab, sys.executable, "-c", read, check=False)
+    return json.loads(found.stdout) if found.returncode == 0 else {}
+
+
+def _names(events: list[dict[str, Any]]) -> list[str]:
+    return [e["event"] for e in events]
+
+
+def _on(lab: Lab, host: str, trial_ids: Iterable[str]) -> list[str]:
+    """Return the trials that a host runs, by the titles of its processes."""
+    titles = lab.processes(host)
+    return [t for t in trial_ids if any(line.startswith(f"ray::{t}") for line in titles)]
+
+
+def _since_resumed(events: list[dict[str, Any]]) -> list[str]:
+    names = _names(events)
+    return names[len(names) - names[::-1].index("resumed") :] if "resumed" in names else []
+
+
+def _to_kill(lab: Lab) -> dict[str, list[str]]:
+    """Return a worker all of whose trials wrote a checkpoint since they were resumed, with these trials."""
+    events = {t: told for t, told in _events(lab).items() if told[-1]["event"] != "finished"}
+    ready = {t for t, told in events.items() if "checkpoint" in _since_resumed(told)}
+    runs = {host: _on(lab, host, events) for host in ("w1", "w2")}
+    return next(({host: trials} for host, trials in runs.items() if trials and ready >= {*trials}), {})
+
+
+def test_a_study_on_ssh_hosts_survives_a_stop_and_the_death_of_a_machine(
+    lab: Lab, bucket: None, tmp_path: Path
+) -> None:
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text(EXPERIMENT)
     cluster = _cluster_file(lab, tmp_path)
     ray = str(BIN / "ray")
+    _say("three hosts and an S3 server")
     _client(lab, ray, "up", "-y", "--no-config-cache", str(cluster))
+    _say("ray up")
     alive = "import ray; ray.init('auto', logging_level=40); print('alive', sum(n['Alive'] for n in ray.nodes()))"
 
     def all_joined() -> bool:
@@ -143,60 +213,55 @@ def test_a_study_on_ssh_hosts_survives_the_death_of_a_machine(lab: Lab, bucket: 
         return "alive 3" in shown.stdout
 
     _wait("joining of the workers", 180, all_joined)
-    ports = f"{DASHBOARD_PORT}:127.0.0.1:{DASHBOARD_PORT}"
-    known = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null")
-    tunnel = ("ssh", "-i", str(lab.key), *known, "-N", "-L", ports, f"root@{HOSTS['head']}")
-    forward = subprocess.Popen(lab.command(*tunnel), stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{DASHBOARD_PORT}"
-    try:
-        _wait("the dashboard", 30, lambda: _raystudy(lab, "doctor", "--address", address, check=False).returncode == 0)
+    with _dashboard(lab, cluster, tmp_path / "dashboard.log") as address:
+        said = _raystudy(lab, "doctor", str(experiment), "--address", address).stdout
+        assert "s3://studies/raystudy can be written and read" in said
+        assert "token accepted" in said
+        _stopped_study(lab, experiment, address)
         _raystudy(lab, "submit", str(experiment), "--address", address, "--no-follow")
-
-        def checkpointed() -> list[str]:
-            running = [t for t, s in _states(lab, experiment).items() if s["state"] == "running" and s["epoch"] >= 5]
-            return [t for t in running if _events(lab, t).count("checkpoint") >= 1]
-
-        _wait("the first checkpoints", 240, lambda: len(checkpointed()) >= 2)
-        lab.kill("w1")
+        victim = _wait("submitted again, resumed, new checkpoints", 240, lambda: _to_kill(lab))
+        ((host, trials),) = victim.items()
+        before = _events(lab)
+        kept = {t: max(e["epoch"] for e in before[t] if e["event"] == "checkpoint") for t in trials}
+        lab.kill(host)
+        killed_at = time.time()
+        _say(f"killed {host} with {kept}: the epochs of their checkpoints")
 
         def finished() -> bool:
-            states = _states(lab, experiment)
-            return len(states) == 3 and all(s["state"] == "finished" for s in states.values())
+            states = [t["state"] for t in _status(lab, experiment)["trials"]]
+            return states == ["finished"] * 3
 
-        _wait("the study's end on the machine that is left", 420, finished)
-    finally:
-        forward.terminate()
-        forward.wait()
-    resumed = [t for t in _states(lab, experiment) if "resumed" in _events(lab, t)]
-    assert resumed, "the killed machine's trial went on from its checkpoint"
+        _wait("the study's end on the machines that are left", 420, finished)
+    told = _events(lab)
+    for trial in trials:
+        again = [e for e in told[trial] if e["event"] == "resumed" and e["time"] > killed_at]
+        assert again, f"{trial} did not go on from a checkpoint: {_names(told[trial])}"
+        assert again[0]["epoch"] >= kept[trial] > 0
+        _say(f"{trial} went on {again[0]['time'] - killed_at:.0f} s after the kill in epoch {again[0]['epoch']}")
     down = _client(lab, ray, "down", "-y", str(cluster), check=False)
-    for name in ("head", "w2"):  # with a machine gone Ray may leave its other workers to us
-        if _ray_processes(lab, name):
-            ssh = ("ssh", "-i", str(lab.key), *known, f"root@{HOSTS[name]}")
-            _client(lab, *ssh, "bash -ic 'ray stop --force'", check=False)
-        left = _wait_for_none(lambda name=name: _ray_processes(lab, name), 60)
-        assert not left, f"left on {name}: {left}\n{down.stdout[-2000:]}\n{down.stderr[-2000:]}"
+    left = {name: lab.ray_processes(name) for name in HOSTS if name != host}
+    _say(f"after `ray down`: { ({name: len(lines) for name, lines in left.items()}) } processes")
+    _wait("the end of every process", 120, lambda: not any(lab.ray_processes(name) for name in left))
+    assert down.returncode == 0, f"{down.stdout[-2000:]}\n{down.stderr[-2000:]}"
 
 
-def _ray_processes(lab: Lab, name: str) -> list[str]:
-    return [line for line in lab.processes(name) if "ray/" in line or "raylet" in line or "ray::" in line]
+def _stopped_study(lab: Lab, experiment: Path, address: str) -> None:
+    """Submit the study, and stop it as soon as two of its trials run."""
+    _raystudy(lab, "submit", str(experiment), "--address", address, "--no-follow")
 
+    def started() -> bool:
+        return sum(t["state"] == "running" and t["epoch"] > 0 for t in _status(lab, experiment)["trials"]) >= 2
 
-def _wait_for_none(found: Callable[[], list[str]], seconds: float) -> list[str]:
-    until = time.monotonic() + seconds
-    while (left := found()) and time.monotonic() < until:
-        time.sleep(1)
-    return left
-
-
-def _events(lab: Lab, trial_id: str) -> list[str]:
-    read = (
-        "from raystudy.study import Study; import json, sys; "
-        "print(json.dumps([e['event'] for e in Study.at('s3://studies/raystudy', 'cluster')"
-        ".trial(sys.argv[1]).read_events('events')]))"
-    )
-    found = _client(lab, sys.executable, "-c", read, trial_id, check=False)
-    return json.loads(found.stdout) if found.returncode == 0 and found.stdout else []
+    _wait("submitted, to two running trials", 240, started)
+    _raystudy(lab, "stop", str(experiment))
+    _wait("raystudy stop", 120, lambda: _status(lab, experiment)["driver"] is None)
+    told = _events(lab)
+    assert len(told) >= 2
+    assert [_names(events)[-2:] for events in told.values()] == [["checkpoint", "interrupted"]] * len(told)
+    states = {t["trial_id"]: t["state"] for t in _status(lab, experiment)["trials"]}
+    assert len(states) == 3
+    assert {states[t] for t in told} == {"interrupted"}
+    _say(f"stopped with checkpoints in epochs { ({t: e[-1]['epoch'] for t, e in told.items()}) }")
 
 
 def test_the_committed_file_needs_only_addresses_user_and_key() -> None:
