@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Mapping
@@ -235,20 +234,29 @@ def _failing_rows(rule: str, failing: pd.Series) -> str:
     return f"{len(failing)} rows fail: {rule} ({shown}{more})"
 
 
-_BAD_PATH = re.compile(r"(^|/)\.\.?(/|$)|^/|^~|^[A-Za-z]:|\\|//|/$|^$|://|[\x00-\x1f\x7f]")
+_BAD_PATH = r"(^|/)\.\.?(/|$)|^/|^~|^[A-Za-z]:|\\|//|/$|^$|://|[\x00-\x1f\x7f]"
+_PLAIN_ASCII = r"^[ -~]*$"
 
 
 def path_stays_below(paths: pd.Series) -> pd.Series:
-    codes, unique = pd.factorize(paths)
-    good = np.array([_BAD_PATH.search(str(path)) is None for path in unique], bool)
-    return pd.Series(good[codes] if len(unique) else np.zeros(0, bool), index=paths.index)
+    return ~_matches(paths, _BAD_PATH)
 
 
 def _plain(texts: pd.Series) -> pd.Series:
     """False where invisible characters or two spellings of one letter could make one id look like two."""
-    codes, unique = pd.factorize(texts)
-    good = [str(t).isprintable() and unicodedata.is_normalized("NFC", str(t)) for t in unique]
-    return pd.Series(np.array(good, bool)[codes] if good else np.zeros(0, bool), index=texts.index)
+    ascii_only = _matches(texts, _PLAIN_ASCII)
+    others = {str(t) for t in texts[~ascii_only]}
+    good = [text for text in others if text.isprintable() and unicodedata.is_normalized("NFC", text)]
+    return ascii_only | texts.isin(good)
+
+
+def _matches(texts: pd.Series, pattern: str) -> pd.Series:
+    found = pc.call_function(
+        "match_substring_regex",
+        [pyarrow.array(texts.astype(object), pyarrow.string())],
+        pc.MatchSubstringOptions(pattern),
+    )
+    return pd.Series(found.to_numpy(zero_copy_only=False), index=texts.index)
 
 
 _RAW_ROWS = pa.DataFrameSchema(
