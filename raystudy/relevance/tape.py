@@ -7,50 +7,53 @@ gradient.  Shapes: N images, K prototypes of each; ``g`` is (N K, C, h, w) in ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raystudy.relevance import rules
+from raystudy.relevance import rules, winograd
 from raystudy.relevance.canonise import Block, Conv, Network
 from raystudy.relevance.condense import condense
 from raystudy.relevance.gradients import InputGradient, Size, input_gradient
 
+WIDEST = 256  # channels: the top's few tiles are not worth 38 MB of transformed kernels a convolution
 CONDENSE_BELOW = 1e-4  # with a finer tolerance only the top is worth a look: there equal prototypes show
 
 
 @dataclass(frozen=True)
 class ConvRule:
-    """A convolution with the weights of its rule and their input gradient."""
+    """A convolution as its rule needs it: plain output and Z of an input, input gradient of the rule's weights."""
 
     conv: Conv
-    rule_weights: Tensor  # (m O, I, k, k); m = 2 for the γ rule
-    gamma: float
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]]  # a >= 0 to output with bias (N, O, h, w), Z (N, m O, h, w)
     gradient: InputGradient
 
     @classmethod
     def of(cls, conv: Conv, gamma: float, dtype: torch.dtype) -> ConvRule:
-        """Prepare z+ (``gamma`` infinite) or the γ rule in the precision of the pass back."""
-        if gamma == float("inf"):
-            weights = rules.zplus_weights(conv.weight)
-        else:
-            weights = rules.gamma_weights(conv.weight, gamma)
-        weights = weights.to(dtype)
-        return cls(
-            Conv(conv.weight.contiguous(memory_format=torch.channels_last), conv.bias, conv.stride, conv.padding),
-            weights.contiguous(memory_format=torch.channels_last),
-            gamma,
-            input_gradient(weights, conv.stride, conv.padding),
-        )
+        """Prepare z+ (``gamma`` infinite; m = 1) or the γ rule (m = 2) in the precision of the pass back."""
+        zplus = gamma == float("inf")
+        weights = rules.zplus_weights(conv.weight) if zplus else rules.gamma_weights(conv.weight, gamma)
+        weights = weights.to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = conv.weight.contiguous(memory_format=torch.channels_last)
+        conv = Conv(weight, conv.bias, conv.stride, conv.padding)
+        gradient = input_gradient(weights, conv.stride, conv.padding)
+        tiled = (conv.stride, conv.padding) == (1, 1) and winograd.pays(weight) and max(weight.shape[:2]) <= WIDEST
+        if tiled and zplus and dtype == weight.dtype:
+            return cls(conv, winograd.output_and_positive_sum(weight, conv.bias), gradient)
+        plain = winograd.convolution(weight) if tiled else None
 
-    def forward(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the plain output (N, O, h, w) with bias and Z (N, m O, h, w) for an input ``a`` >= 0."""
-        y = F.conv2d(a, self.conv.weight, self.conv.bias, self.conv.stride, self.conv.padding)
-        dtype = self.rule_weights.dtype
-        z = F.conv2d(a.to(dtype), self.rule_weights, None, self.conv.stride, self.conv.padding)
-        return y, z if self.gamma == float("inf") else rules.gamma_denominators(z)
+        def forward(a: Tensor) -> tuple[Tensor, Tensor]:
+            if plain is None:
+                y = F.conv2d(a, weight, conv.bias, conv.stride, conv.padding)
+            else:
+                y = plain(a).add_(conv.bias.view(1, -1, 1, 1))
+            z = F.conv2d(a.to(dtype), weights, None, conv.stride, conv.padding)
+            return y, z if zplus else rules.gamma_denominators(z)
+
+        return cls(conv, forward, gradient)
 
     @staticmethod
     def factor(share: Tensor, z: Tensor) -> Tensor:
