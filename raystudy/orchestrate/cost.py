@@ -23,8 +23,8 @@ from raystudy.relevance import PrototypeExplainer
 
 MEASURE_SECONDS = 0.8
 PIXELS_A_STEP = 400_000  # of a measured step: eight films of 224 px
-FIXED_SECONDS = 12.0  # starting Ray, importing torch in the workers, the report
-TRIAL_SECONDS = 0.6  # files, scheduling and reading of one trial and its explanation jobs
+FIXED_SECONDS = 30.0  # imports here and in the workers, starting Ray and Ray Data, the report
+TRIAL_SECONDS = 1.2  # files, scheduling and reading of one trial and its explanation jobs
 PREPARE_RATE = 300.0  # films a second and core, decoded or rendered
 
 
