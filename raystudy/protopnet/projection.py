@@ -55,8 +55,7 @@ def project_prototypes(
         is then unchanged.
     """
     check_projection(model, labels)
-    if isinstance(images, Tensor):
-        _check_lengths(images, labels, image_ids)
+    _check_lengths(images if isinstance(images, Tensor) else labels, labels, image_ids)
     batches: Iterable[Tensor] = torch.split(images, batch_size) if isinstance(images, Tensor) else images
     features = torch.cat([model.features(batch) for batch in batches])  # N, D, h, w
     return project_features(model, features, labels, image_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -207,6 +208,15 @@ def test_weights_and_activations_that_are_not_finite_are_refused() -> None:
 def test_lengths_that_differ_are_refused_before_any_work() -> None:
     refused("11 images, 10 labels and 11 ids do not match", network(), films(), LABELS[:10], IDS)
     refused("11 images, 11 labels and 1 ids do not match", network(), films(), LABELS, IDS[:1])
+
+
+def test_ids_that_do_not_match_labels_are_refused_before_the_first_batch_is_drawn() -> None:
+    def batches() -> Iterator[Tensor]:
+        raise AssertionError("a batch was drawn")
+        yield films()
+
+    with pytest.raises(ValueError, match="11 labels and 10 ids do not match"):
+        project_prototypes(network(), batches(), LABELS, IDS[:10])
 
 
 def test_wrong_images_are_refused() -> None:
