@@ -1,8 +1,8 @@
 """What a study would take: storage from the sizes of its files, time from steps measured here and now.
 
-A trial's time is put together from the parts that dominate it: training steps, evaluation passes, maps and masked
-forwards of the explanations.  Each part is measured for a second or two on this machine with the experiment's own
-network; where the trials ask for a GPU and there is none here, the time is unknown.
+A trial's time is put together from the parts that dominate it: training steps, evaluation passes, last-layer steps,
+maps and masked forwards of the explanations.  Each part is measured for a second or two on this machine with the
+trials' own networks; where the trials ask for a GPU and there is none here, the time is unknown.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from raystudy.augmentation import COPIES
 from raystudy.config import Experiment
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
 from raystudy.protopnet import ProtoPNet
-from raystudy.protopnet.losses import loss_terms
+from raystudy.protopnet.losses import last_layer_loss, loss_terms
 from raystudy.protopnet.stages import build_optimizers, projects_after, set_stage
-from raystudy.relevance import PrototypeExplainer
+from raystudy.relevance import RULE_SETS, PrototypeExplainer
 
 MEASURE_SECONDS = 0.8
 PIXELS_A_STEP = 400_000  # of a measured step: eight films of 224 px
@@ -29,12 +30,25 @@ PREPARE_RATE = 300.0  # films a second and core, decoded or rendered
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Seconds of one training image, one evaluated image, one relevance map, on one trial's share of this machine."""
+class Work:
+    """What a trial does, or the seconds of one of each on one trial's share of this machine.
 
-    train: float
-    evaluate: float
-    relevance: float
+    Images trained on, images evaluated, steps of the last layer, relevance maps.
+    """
+
+    train: float = 0
+    evaluate: float = 0
+    last_layer: float = 0
+    maps: float = 0
+
+    def at(self, seconds: Work) -> float:
+        """Return how long this takes where each part takes so many seconds."""
+        return (
+            self.train * seconds.train
+            + self.evaluate * seconds.evaluate
+            + self.last_layer * seconds.last_layer
+            + self.maps * seconds.maps
+        )
 
 
 @dataclass(frozen=True)
@@ -52,20 +66,25 @@ class Cost:
 def estimate(plan: StudyPlan, measure: bool = True) -> Cost:
     """Estimate a plan's cost; `measure` false leaves the time unknown."""
     experiment, trials = plan.experiment, plan.trials
-    training = experiment.training
-    train = max(int((t.cohort["role"] == "train").sum()) for t in trials)
-    steps = -(-train // training.batch_size) * (training.epochs - training.warm_epochs)
+    steps = min(_joint_steps(t) for t in trials)
     suggestions = experiment.search.trials if experiment.search else 1  # each is tried on all planned trials
-    storage = suggestions * sum(_trial_bytes(t) for t in trials) + len(plan.image_table) * experiment.images.size**2
+    films, sizes = len(plan.image_table), {t.images.size for t in trials}
+    storage = suggestions * sum(_trial_bytes(t) for t in trials) + films * sum(size**2 for size in sizes)
     n = len(trials) * suggestions
     if experiment.resources.gpus > 0 and not torch.cuda.is_available():
         return Cost(n, steps, storage, None, None, "the trials ask for a GPU and there is none here")
     if not measure:
         return Cost(n, steps, storage, None, None, "not measured")
     concurrent = _concurrent(experiment, n)
-    rates = _measure(experiment)
-    work = suggestions * sum(_trial_seconds(t, rates) + TRIAL_SECONDS for t in trials)
-    prepare = len(plan.image_table) / (PREPARE_RATE * _cores())
+    kinds = {_kind(t): t for t in trials}
+    seconds = {
+        kind: _measure(t, experiment.resources.gpus > 0, MEASURE_SECONDS / len(kinds)) for kind, t in kinds.items()
+    }
+    work = suggestions * sum(
+        training_work(t).at(seconds[_kind(t)]) + explanation_work(t).at(seconds[_kind(t)]) + TRIAL_SECONDS
+        for t in trials
+    )
+    prepare = films * len(sizes) / (PREPARE_RATE * _cores())
     return Cost(n, steps, storage, FIXED_SECONDS + prepare + work / concurrent, concurrent)
 
 
@@ -88,50 +107,77 @@ def _trial_bytes(trial: PlannedTrial) -> int:
     return int(model + (maps if trial.explain.enabled else 0) + 200 * len(trial.tests))
 
 
-def _trial_seconds(trial: PlannedTrial, rates: Rates) -> float:
-    training, explain = trial.spec.training, trial.explain
+def _shown(trial: PlannedTrial) -> int:
+    """Return the films of a training epoch, copies included."""
     train = int((trial.cohort["role"] == "train").sum())
-    val = len(trial.cohort) - train
-    tests = int(trial.tests["image_id"].nunique())
+    return train * (COPIES if trial.spec.training.augmentation == "published" else 1)
+
+
+def _joint_steps(trial: PlannedTrial) -> int:
+    training = trial.spec.training
+    return -(-_shown(trial) // training.batch_size) * (training.epochs - training.warm_epochs)
+
+
+def training_work(trial: PlannedTrial) -> Work:
+    """Return what training, selection and test of one trial take."""
+    training, shown = trial.spec.training, _shown(trial)
+    train = int((trial.cohort["role"] == "train").sum())
+    val, tests = len(trial.cohort) - train, int(trial.tests["image_id"].nunique())
     projections = sum(projects_after(e + 1, training) for e in range(training.epochs))
     passes = training.epochs * val + projections * (train + val) + tests
     if training.last_layer_bn == "published":
-        passes += projections * training.last_layer_epochs * (train + val)
-    seconds = training.epochs * train * rates.train + passes * rates.evaluate
-    if explain.enabled:
-        prototypes = trial.spec.model.prototypes_per_class
-        per_set = len(trial.tests) // max(1, trial.tests["test_set"].nunique())
-        films = min(explain.adai_images or per_set, per_set) * explain.adai_draws
-        seconds += films * (prototypes * rates.relevance + (2 * prototypes + 2) * rates.evaluate)
-        seconds += train * rates.evaluate + 2 * prototypes * (explain.top_k + 1) * rates.relevance
-    return seconds
+        passes += projections * training.last_layer_epochs * (shown + val)
+    elif shown > train and training.last_layer_epochs:
+        passes += projections * shown
+    steps = projections * training.last_layer_epochs * -(-shown // training.batch_size)
+    return Work(training.epochs * shown, passes, steps)
 
 
-def _measure(experiment: Experiment) -> Rates:
-    """Time the three parts with this experiment's network, on as many threads as a trial uses."""
-    settings, size = experiment.training, experiment.images.size
-    device = torch.device("cuda" if experiment.resources.gpus > 0 else "cpu")
+def explanation_work(trial: PlannedTrial) -> Work:
+    """Return what the explanation jobs of one trial take when no two prototypes are the same patch."""
+    explain, prototypes = trial.explain, trial.spec.model.prototypes_per_class
+    if not explain.enabled:
+        return Work()
+    per_set = len(trial.tests) // max(1, trial.tests["test_set"].nunique())
+    films = min(explain.adai_images or per_set, per_set)
+    train = int((trial.cohort["role"] == "train").sum())
+    evaluate = films * (1 + explain.adai_draws * (2 * prototypes + 1)) + train + 2 * 2 * prototypes
+    specificity = len(RULE_SETS) * 2 * min(2, prototypes) * min(4, prototypes) * (3 if prototypes > 1 else 2)
+    return Work(evaluate=evaluate, maps=films * prototypes + 2 * prototypes * (explain.top_k + 1) + specificity)
+
+
+def _kind(trial: PlannedTrial) -> tuple[object, ...]:
+    """Return what decides about the speed of a trial's parts."""
+    training, explain = trial.spec.training, trial.explain
+    shape = (trial.spec.model, trial.spec.image_size, training.batch_size, training.precision, training.threads)
+    return *shape, explain.rule, explain.l2_power, explain.precision
+
+
+def _measure(trial: PlannedTrial, on_gpu: bool, at_least: float) -> Work:
+    """Time each part with this trial's network, on as many threads as a trial uses."""
+    settings, size = trial.spec.training, trial.spec.image_size
+    device = torch.device("cuda" if on_gpu else "cpu")
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        model = ProtoPNet.from_settings(experiment.model).to(device)
+        model = ProtoPNet.from_settings(trial.spec.model).to(device)
         generator = torch.Generator().manual_seed(0)
         batch = min(settings.batch_size, max(4, PIXELS_A_STEP // size**2))
         images = torch.randn(batch, 3, size, size, generator=generator).to(device)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = (torch.arange(batch) % 2).to(device)
-        optimizer = build_optimizers(model, settings)["joint"]
+        optimizers = build_optimizers(model, settings)
         set_stage(model, "joint", settings)
 
         def step() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 maps = model.backbone(images)
             loss = loss_terms(model.head(maps.float()), labels, model, settings).total
-            optimizer.zero_grad()
+            optimizers["joint"].zero_grad()
             loss.backward()
-            optimizer.step()
+            optimizers["joint"].step()
 
-        train = _time(step, device) / batch
+        train = _time(step, device, at_least) / batch
         model.eval()
         few = images[: max(4, batch // 4)]
 
@@ -139,20 +185,32 @@ def _measure(experiment: Experiment) -> Rates:
             with torch.no_grad():
                 model(few)
 
-        forward = _time(evaluate, device) / len(few)
-        explainer = PrototypeExplainer(model, experiment.explain.rule, experiment.explain.l2_power)
-        index = torch.arange(min(4, experiment.model.prototypes_per_class), device=device)[None]
-        relevance = _time(lambda: explainer(images[:1], index) and None, device) / index.shape[1]
+        forward = _time(evaluate, device, at_least) / len(few)
+        set_stage(model, "last_layer", settings)
+        with torch.no_grad():
+            scores = model(few).similarities.repeat(-(-batch // len(few)), 1)[:batch]
+
+        def last_layer() -> None:
+            loss = last_layer_loss(model.last_layer(scores), labels, model, settings).total
+            optimizers["last_layer"].zero_grad()
+            loss.backward()
+            optimizers["last_layer"].step()
+
+        last = _time(last_layer, device, at_least / 4)
+        model.eval()
+        explainer = PrototypeExplainer(model, trial.explain.rule, trial.explain.l2_power)
+        index = torch.arange(min(4, trial.spec.model.prototypes_per_class), device=device)[None]
+        relevance = _time(lambda: explainer(images[:1], index) and None, device, at_least) / index.shape[1]
     finally:
         torch.set_num_threads(before)
-    return Rates(train, forward, relevance)
+    return Work(train, forward, last, relevance)
 
 
-def _time(work: Callable[[], None], device: torch.device) -> float:
+def _time(work: Callable[[], None], device: torch.device, at_least: float) -> float:
     """Return the mean seconds of a piece of work, after one that warms up."""
     work()
     runs, started = 0, time.perf_counter()
-    while runs < 1 or time.perf_counter() - started < MEASURE_SECONDS:
+    while runs < 1 or time.perf_counter() - started < at_least:
         work()
         runs += 1
         if device.type == "cuda":
