@@ -48,6 +48,8 @@ def _finding(rows: pd.DataFrame, bit: int, policy: Negatives, cohort: CohortSett
         positive = positive | unsure
     none, other = found & BIT[NO_FINDING] != 0, found & ANY_PATHOLOGY & ~bit != 0
     explicit = rows["negated"].to_numpy() & bit != 0
+    if cohort.uncertain == "zeros":
+        explicit = explicit | unsure
     negative = {
         "other_pathology": other & ~none,
         "other_or_no_finding": other | none,

@@ -40,12 +40,13 @@ def slow_label(row: dict[str, Any], task: TaskSettings, policy: str, settings: C
         if unsure and settings.uncertain == "drop":
             return -1
         others = found & set(PATHOLOGIES) - {task.positive}
+        zero = task.positive in negated or unsure  # what is still unsure here was made a zero
         allowed = {
             "other_pathology": bool(others) and NO_FINDING not in found,
             "any_nonpneumonia": True,
             "other_or_no_finding": bool(others) or NO_FINDING in found,
-            "explicit_zero": task.positive in negated,
-            "explicit_zero_other_pathology": task.positive in negated and bool(others),
+            "explicit_zero": zero,
+            "explicit_zero_other_pathology": zero and bool(others),
             "no_finding": NO_FINDING in found,
         }
         label = 0 if allowed[policy] else -1
