@@ -84,7 +84,7 @@ class Study:
     def require(self) -> Study:
         """Return self, or refuse: no such study, or one written by a newer raystudy."""
         try:
-            plan = self.plan()
+            plan = Storage(self.storage.uri, min(self.storage.retry_seconds, 10.0)).read_json("plan.json")
         except FileNotFoundError:
             raise StudyError(
                 "there is no study here", where=self.storage.uri, remedy="start it with `raystudy run EXPERIMENT`"

@@ -85,8 +85,9 @@ def sync_study(study: Study, settings: Tracking) -> None:
 
     Raises
     ------
-    StudyError : MLflow does not answer.
+    StudyError : MLflow does not answer, or is of a version that is not known.
     """
+    check_server(settings.uri, must_answer=False)
     study.storage.delete(_cursor_path(settings))
     try:
         Store(study, settings, Line()).sync(final=True)
@@ -98,9 +99,9 @@ def sync_study(study: Study, settings: Tracking) -> None:
         ) from None
 
 
-def check_server(uri: str) -> None:
-    """Refuse an MLflow whose version this raystudy does not speak, or that does not answer."""
-    for what, version in (("library", mlflow.__version__), *_server_version(uri)):
+def check_server(uri: str, *, must_answer: bool = True) -> None:
+    """Refuse an MLflow whose version this raystudy does not speak, or (``must_answer``) that does not answer."""
+    for what, version in (("library", mlflow.__version__), *_server_version(uri, must_answer)):
         number = tuple(int(p) for p in version.split(".")[:2] if p.isdigit())
         if not OLDEST <= number < FIRST_UNKNOWN:
             raise StudyError(
@@ -110,13 +111,15 @@ def check_server(uri: str) -> None:
             )
 
 
-def _server_version(uri: str) -> list[tuple[str, str]]:
+def _server_version(uri: str, must_answer: bool) -> list[tuple[str, str]]:
     if urlsplit(uri).scheme not in ("http", "https"):
         return []
     try:
-        answer = requests.get(f"{uri.rstrip('/')}/version", timeout=10)
+        answer = requests.get(f"{uri.rstrip('/')}/version", timeout=10 if must_answer else 2)
         answer.raise_for_status()
     except requests.RequestException as error:
+        if not must_answer:
+            return []
         raise StudyError(
             f"MLflow does not answer: {first_line(error)}",
             where=uri,

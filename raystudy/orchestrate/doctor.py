@@ -12,11 +12,14 @@ from rich.console import Console
 
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
-from raystudy.orchestrate.dashboard import check_dashboard, check_ray_version, installed_ray
+from raystudy.orchestrate.access import check_ray_version, installed_ray
+from raystudy.orchestrate.dashboard import check_dashboard
+from raystudy.orchestrate.session import check_address
 from raystudy.storage import open_storage
 from raystudy.study import Study
 
 OLDEST_PYTHON = (3, 11)
+PATIENCE_SECONDS = 5.0  # with a storage that is away
 
 
 def examine(experiment: Experiment | None, address: str | None) -> int:
@@ -29,7 +32,7 @@ def examine(experiment: Experiment | None, address: str | None) -> int:
             ("MLflow", lambda: _mlflow(experiment)),
         ]
     if address is not None:
-        checks.append(("cluster", lambda: f"Ray {check_dashboard(address)} at {address}, token accepted"))
+        checks.append(("cluster", lambda: _cluster(address)))
     console, wrong = Console(highlight=False), 0
     for name, check in checks:
         try:
@@ -60,17 +63,14 @@ def _ray() -> str:
 
 
 def _storage(experiment: Experiment) -> str:
-    storage = open_storage(experiment.storage)
-    probe = f".raystudy-probe-{os.getpid()}"
-    storage.write_bytes(probe, b"raystudy")
-    if storage.read_bytes(probe) != b"raystudy":
-        raise StudyError("what was written is not what is read", where=storage.uri, remedy="check the storage")
-    storage.delete(probe)
+    storage = open_storage(experiment.storage, retry_seconds=PATIENCE_SECONDS)
+    storage.check_writable()
     return f"{storage.uri} can be written and read"
 
 
 def _study(experiment: Experiment) -> str:
-    study = Study.at(experiment.storage, experiment.name)
+    storage = open_storage(experiment.storage, retry_seconds=PATIENCE_SECONDS)
+    study = Study(storage.child(experiment.name))
     if not study.storage.exists("plan.json"):
         return "none yet"
     counts = study.require().status().counts
@@ -84,3 +84,10 @@ def _mlflow(experiment: Experiment) -> str:
 
     check_server(experiment.tracking.uri)
     return experiment.tracking.uri
+
+
+def _cluster(address: str) -> str:
+    if "://" in address:
+        return f"Ray {check_dashboard(address)} at {address}, token accepted"
+    check_address(address)
+    return f"Ray at {address}, token accepted"

@@ -21,8 +21,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import raystudy
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
+from raystudy.orchestrate.access import check_ray_version, installed_ray, is_loopback
 from raystudy.orchestrate.assignment import write_stop
-from raystudy.orchestrate.dashboard import check_dashboard, is_loopback
+from raystudy.orchestrate.dashboard import check_dashboard
 from raystudy.orchestrate.session import NO_SECRETS
 from raystudy.study import Study
 
@@ -36,6 +37,7 @@ def submit(experiment: Experiment, address: str, *, follow: bool = True) -> int:
     ------
     StudyError : address, token or version; local paths that a remote cluster would not see.
     """
+    check_ray_version(installed_ray(), "this machine")
     if not is_loopback(urlsplit(address).hostname) or not Path(experiment.storage).exists():
         _refuse_local_paths(experiment, address)
     check_dashboard(address)

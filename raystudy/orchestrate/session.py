@@ -25,10 +25,19 @@ from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 
 import raystudy
 from raystudy.errors import StudyError
+from raystudy.orchestrate.access import (
+    TOKEN_REMEDY,
+    check_head,
+    check_ray_version,
+    installed_ray,
+    is_open,
+    refuse_open,
+    token,
+)
 
 EXPLAIN = "explain"  # the resource that explanation tasks take
-WORKERS_A_CPU = 6  # idle ones stay: a new process of an explanation would import torch again
 REACH_SECONDS = 5.0
+WORKERS_A_CPU = 6  # idle ones stay: a new process of an explanation would import torch again
 NO_SECRETS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ALLOW_HTTP")
 
 
@@ -63,8 +72,10 @@ def connect(
 
     Raises
     ------
-    StudyError : nobody answers at the address, or the token is missing or wrong.
+    StudyError : nobody answers at the address, the token is missing or wrong, another Ray than the pinned one, or one
+        that others reach and that asks nobody for a token.
     """
+    check_ray_version(installed_ray(), "this machine")
     if ray.is_initialized():
         yield _describe(address is None, None)
         return
@@ -81,6 +92,7 @@ def connect(
         options |= {"address": address, "runtime_env": _runtime_env()}
     page = _init(address, options)
     try:
+        _refuse_open()
         with _sigterm_as_ctrl_c():
             yield _describe(address is None, page)
     finally:
@@ -111,7 +123,7 @@ def _init(address: str | None, options: dict[str, Any]) -> str | None:
         raise StudyError(
             f"the token is missing or wrong: {_first_line(error)}",
             where=where,
-            remedy="on the head run `ray get-auth-token`, and put it into RAY_AUTH_TOKEN or ~/.ray/auth_token here",
+            remedy=TOKEN_REMEDY,
         ) from error
     except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise StudyError(
@@ -126,7 +138,15 @@ def _init(address: str | None, options: dict[str, Any]) -> str | None:
 
 
 def check_address(address: str) -> None:
-    """Refuse an address that nobody answers at, before Ray tries for a long time; turn token authentication on."""
+    """Refuse a head that cannot or should not be used, before Ray tries for a long time.
+
+    Token authentication is turned on where there is a token.
+
+    Raises
+    ------
+    StudyError : no address, nobody answers, no or a wrong token, another Ray, or a cluster that asks nobody for a
+        token on an address that others can reach.
+    """
     if address.startswith(("http://", "https://")):
         raise StudyError(
             "this is a dashboard's address",
@@ -142,37 +162,34 @@ def check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise StudyError(f"{address!r} is no address", where="--address", remedy="HOST:PORT, for example 10.0.0.5:6379")
+    where = f"Ray at {address}"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
     except OSError as error:
         raise StudyError(
             f"nobody answers: {error.strerror or error}",
-            where=f"Ray at {address}",
+            where=where,
             remedy="start the cluster (`ray up cluster.yaml`), or mend --address (the head's HOST:6379)",
         ) from error
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    if has_token():
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("0", "false"):  # with TLS only Ray knows the certificates
+        check_head(address)
+        if os.environ.get("RAY_AUTH_MODE") == "disabled" and not is_open(address):
+            raise StudyError(
+                "RAY_AUTH_MODE is disabled here, and this cluster asks for a token",
+                where=where,
+                remedy="unset RAY_AUTH_MODE",
+            )
+    if "RAY_AUTH_MODE" not in os.environ and token() is not None:
         os.environ["RAY_AUTH_MODE"] = "token"
         Config.initialize("")  # Ray read its environment when it was imported
-    elif not _is_loopback(host):
-        raise StudyError(
-            "there is no token for this cluster here",
-            where=f"Ray at {address}",
-            remedy="on the head run `ray get-auth-token`, and put it into RAY_AUTH_TOKEN or ~/.ray/auth_token here",
-        )
 
 
-def has_token() -> bool:
-    """Whether Ray would find a token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return True
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(path).is_file() if path else (Path.home() / ".ray" / "auth_token").is_file()
-
-
-def _is_loopback(host: str) -> bool:
-    return host.strip("[]") in ("localhost", "::1") or host.startswith("127.")
+def _refuse_open() -> None:
+    """Refuse a connected Ray that others reach and that asks nobody for a token."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        address = ray.get_runtime_context().gcs_address
+        if is_open(address):
+            refuse_open(address.rpartition(":")[0], f"Ray at {address}")
 
 
 def _runtime_env() -> dict[str, Any]:

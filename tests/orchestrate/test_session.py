@@ -8,8 +8,9 @@ import ray.exceptions
 from raystudy.config import Resources
 from raystudy.errors import StudyError
 from raystudy.orchestrate import slot
+from raystudy.orchestrate.access import token
 from raystudy.orchestrate.cluster import placement_of
-from raystudy.orchestrate.session import Session, check_address, has_token
+from raystudy.orchestrate.session import Session, check_address
 
 
 @pytest.mark.parametrize(
@@ -32,14 +33,14 @@ def test_a_token_is_found_where_ray_looks_for_it(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    assert not has_token()
+    assert token() is None
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("secret")
-    assert has_token()
+    assert token() == "secret"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "nowhere"))
-    assert not has_token()
+    assert token() is None
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
-    assert has_token()
+    assert token() == "secret"
 
 
 def test_run_names_an_address_where_nobody_is_and_ends_with_2(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Who may enter a Ray cluster: its token, ours, and whether both sides speak the same Ray.
+
+A head is asked at its own port (gRPC, HOST:6379) before Ray connects, which would take long to fail and say little.  A
+cluster that asks nobody for a token is refused wherever others could reach it: whoever connects can run code there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+from raystudy.errors import StudyError
+
+OLDEST_RAY, FIRST_UNKNOWN_RAY = (2, 60), (2, 61)  # the cluster and this machine must speak the same Ray
+ANSWER_SECONDS = 10
+TOKEN_REMEDY = "on the head run `ray get-auth-token`, and put it into RAY_AUTH_TOKEN or ~/.ray/auth_token here"
+
+
+def token() -> str | None:
+    """Return the token that Ray would use here: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return os.environ["RAY_AUTH_TOKEN"].strip()
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path.read_text().strip() if path.is_file() else None
+
+
+def is_loopback(host: str | None) -> bool:
+    host = (host or "").strip("[]")
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def installed_ray() -> str:
+    """Return the version of Ray here."""
+    return str(ray.__version__)
+
+
+def check_ray_version(version: str, where: str) -> None:
+    """Refuse a Ray that is not the pinned one."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if not OLDEST_RAY <= numbers < FIRST_UNKNOWN_RAY:
+        raise StudyError(
+            f"Ray {version} does not fit: raystudy needs {OLDEST_RAY[0]}.{OLDEST_RAY[1]}",
+            where=where,
+            remedy=f"install ray=={OLDEST_RAY[0]}.{OLDEST_RAY[1]}.* on every node (constraints.txt)",
+        )
+
+
+def missing_token(where: str) -> StudyError:
+    return StudyError("there is no token for this cluster here", where=where, remedy=TOKEN_REMEDY)
+
+
+def wrong_token(where: str) -> StudyError:
+    return StudyError("the token is wrong", where=where, remedy=TOKEN_REMEDY)
+
+
+def refuse_open(host: str | None, where: str) -> None:
+    """Refuse a cluster that asks nobody for a token, unless only this machine reaches it."""
+    if not is_loopback(host):
+        raise StudyError(
+            "this cluster asks nobody for a token: anyone who reaches it can run code there",
+            where=where,
+            remedy="start every node with RAY_AUTH_MODE=token (see cluster.yaml), or on loopback alone",
+        )
+
+
+def check_head(address: str) -> str:
+    """Ask a head for its Ray version, without our token and with it; return the version.
+
+    Parameters
+    ----------
+    address : HOST:PORT of its GCS.
+
+    Raises
+    ------
+    StudyError : no Ray answers, no or a wrong token, another Ray, or a cluster without authentication that others can
+        reach.
+    """
+    where = f"Ray at {address}"
+    with grpc.insecure_channel(address) as channel:
+        version = _version(channel, None, where)
+        if version is not None:
+            refuse_open(address.rpartition(":")[0], where)
+        else:
+            own = token()
+            if own is None:
+                raise missing_token(where)
+            version = _version(channel, own, where)
+            if version is None:
+                raise wrong_token(where)
+    check_ray_version(version, where)
+    return version
+
+
+def is_open(address: str) -> bool:
+    """Whether a head lets everybody in who reaches it."""
+    with grpc.insecure_channel(address) as channel:
+        return _version(channel, None, f"Ray at {address}") is not None
+
+
+def _version(channel: grpc.Channel, own: str | None, where: str) -> str | None:
+    """Return the Ray version that a head was started with; None when it does not let us in."""
+    asked: Any = gcs_service_pb2.InternalKVGetRequest(  # pyright: ignore[reportAttributeAccessIssue]
+        key=b"CLUSTER_METADATA", namespace=b"cluster"
+    )
+    metadata = (("authorization", f"Bearer {own}"),) if own else ()
+    try:
+        answer = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel).InternalKVGet(
+            asked, timeout=ANSWER_SECONDS, metadata=metadata
+        )
+        return str(json.loads(answer.value)["ray_version"])
+    except grpc.RpcError as error:
+        code = getattr(error, "code", lambda: None)()
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return None
+        raise _no_head(where, f"{code.name.lower() if code else error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise _no_head(where, "it names no version") from None
+
+
+def _no_head(where: str, reason: str) -> StudyError:
+    return StudyError(
+        f"this is no Ray head: {reason}", where=where, remedy="the head's HOST:6379 (`ray status` names it there)"
+    )
