@@ -146,6 +146,7 @@ exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin /usr/sbin/sshd -D -e -f /dev/null
         boot = self._boots.pop(name)
         for child in _children(boot.pid):
             os.kill(child, signal.SIGKILL)
+        boot.kill()  # a host that was still to make its namespaces never will
         boot.wait(30)
 
     def processes(self, name: str) -> list[str]:
@@ -154,10 +155,6 @@ exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin /usr/sbin/sshd -D -e -f /dev/null
         shown = _run("nsenter", "-t", str(first), "-p", "-m", "ps", "-eo", "args=")
         lines = [line.strip() for line in shown.splitlines()]
         return [line for line in lines if line and "sshd" not in line and not line.startswith("ps ")]
-
-    def ray_processes(self, name: str) -> list[str]:
-        """Return what Ray runs on a host."""
-        return [line for line in self.processes(name) if "ray/" in line or "raylet" in line or "ray::" in line]
 
     def command(self, *arguments: str) -> list[str]:
         """Return a command that runs on the client."""

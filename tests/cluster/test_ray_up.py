@@ -33,9 +33,11 @@ pytestmark = [
     pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}"),
 ]
 
-EXPERIMENT = """
+STORAGE = "s3://studies/raystudy"
+EXPERIMENT = (
+    f"storage: {STORAGE}"
+    + """
 name: cluster
-storage: s3://studies/raystudy
 sources:
   H1: {kind: phantom, settings: {look: north, patients: 120}}
   H2: {kind: phantom, settings: {look: south, patients: 120}}
@@ -50,6 +52,7 @@ explain: {adai_images: 2}
 resources: {cpus: 1, max_failures: 5}
 tracking: {enabled: false}
 """
+)
 
 
 @pytest.fixture
@@ -128,7 +131,7 @@ def _cluster_file(lab: Lab, folder: Path) -> Path:
 
 
 def _with(command: str, flags: str) -> str:
-    return f"{command} {flags}" if "ray start" in command else command
+    return command.replace("ray start", f"ray start {flags}")
 
 
 def _raystudy(lab: Lab, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -164,12 +167,12 @@ def _status(lab: Lab, experiment: Path) -> dict[str, Any]:
 def _events(lab: Lab) -> dict[str, list[dict[str, Any]]]:
     """Return the events of every trial that has any, read from S3."""
     read = """
-import json
+import json, sys
 from raystudy.study import Study
-study = Study.at("s3://studies/raystudy", "cluster")
+study = Study.at(sys.argv[1], "cluster")
 print(json.dumps({t: events for t in study.trial_ids() if (events := study.trial(t).read_events("events"))}))
 """
-    found = _client(lab, sys.executable, "-c", read, check=False)
+    found = _client(lab, sys.executable, "-c", read, STORAGE, check=False)
     return json.loads(found.stdout) if found.returncode == 0 else {}
 
 
@@ -215,7 +218,7 @@ def test_a_study_on_ssh_hosts_survives_a_stop_and_the_death_of_a_machine(
     _wait("joining of the workers", 180, all_joined)
     with _dashboard(lab, cluster, tmp_path / "dashboard.log") as address:
         said = _raystudy(lab, "doctor", str(experiment), "--address", address).stdout
-        assert "s3://studies/raystudy can be written and read" in said
+        assert f"{STORAGE} can be written and read" in said
         assert "token accepted" in said
         _stopped_study(lab, experiment, address)
         _raystudy(lab, "submit", str(experiment), "--address", address, "--no-follow")
@@ -239,10 +242,36 @@ def test_a_study_on_ssh_hosts_survives_a_stop_and_the_death_of_a_machine(
         assert again[0]["epoch"] >= kept[trial] > 0
         _say(f"{trial} went on {again[0]['time'] - killed_at:.0f} s after the kill in epoch {again[0]['epoch']}")
     down = _client(lab, ray, "down", "-y", str(cluster), check=False)
-    left = {name: lab.ray_processes(name) for name in HOSTS if name != host}
-    _say(f"after `ray down`: { ({name: len(lines) for name, lines in left.items()}) } processes")
-    _wait("the end of every process", 120, lambda: not any(lab.ray_processes(name) for name in left))
     assert down.returncode == 0, f"{down.stdout[-2000:]}\n{down.stderr[-2000:]}"
+    hosts = [name for name in HOSTS if name != host]
+    at_once = {name: len(lab.processes(name)) for name in hosts}
+    _say(f"ray down; processes that still end: {at_once}")
+    left = _wait_for_none(lambda: [line for name in hosts for line in lab.processes(name)], 180)
+    assert not left
+    _say("no process is left")
+    undisturbed = str(tmp_path / "studies")
+    shares = sorted(int(t.partition("-h1_")[2][:3]) for t in trials)
+    _raystudy(lab, "run", str(experiment), "--storage", undisturbed, "--set", f"mixtures={shares}")
+    assert _checksums(lab, STORAGE, trials) == _checksums(lab, undisturbed, trials)
+    _say("the same bytes as an undisturbed run on one machine")
+
+
+def _checksums(lab: Lab, storage: str, trials: list[str]) -> dict[str, list[str]]:
+    read = """
+import hashlib, json, sys
+from raystudy.study import Study
+study = Study.at(sys.argv[1], "cluster")
+files = ("result.json", "model.safetensors", "prototypes.parquet", "predictions.parquet")
+print(json.dumps({t: [hashlib.sha256(study.trial(t).read_bytes(f)).hexdigest() for f in files] for t in sys.argv[2:]}))
+"""
+    return json.loads(_client(lab, sys.executable, "-c", read, storage, *trials).stdout)
+
+
+def _wait_for_none(found: Callable[[], list[str]], seconds: float) -> list[str]:
+    until = time.monotonic() + seconds
+    while (left := found()) and time.monotonic() < until:
+        time.sleep(1)
+    return left
 
 
 def _stopped_study(lab: Lab, experiment: Path, address: str) -> None:
@@ -261,7 +290,8 @@ def _stopped_study(lab: Lab, experiment: Path, address: str) -> None:
     states = {t["trial_id"]: t["state"] for t in _status(lab, experiment)["trials"]}
     assert len(states) == 3
     assert {states[t] for t in told} == {"interrupted"}
-    _say(f"stopped with checkpoints in epochs { ({t: e[-1]['epoch'] for t, e in told.items()}) }")
+    epochs = {t: events[-1]["epoch"] for t, events in told.items()}
+    _say(f"stopped with checkpoints in epochs {epochs}")
 
 
 def test_the_committed_file_needs_only_addresses_user_and_key() -> None:
