@@ -1,0 +1,84 @@
+"""The committed Prometheus configuration and alerts, checked by promtool: each alert is silent, then fires."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+DASHBOARDS = Path(__file__).parents[2] / "dashboards"
+
+pytestmark = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+
+
+def promtool(*arguments: str, folder: Path = DASHBOARDS) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_promtool_accepts_configuration_and_rules() -> None:
+    checked = promtool("check", "config", "prometheus.yml")
+    assert checked.returncode == 0, checked.stderr
+    rules = promtool("check", "rules", "alerts.yml")
+    assert rules.returncode == 0, rules.stderr
+    assert f"{len(PROVOKED)} rules found" in rules.stdout
+
+
+STUDY = 'study="s"'
+# alert -> series by the minute, the last minute at which it is silent, the first at which it fires, its summary then
+PROVOKED: dict[str, tuple[dict[str, str], int, int, str]] = {
+    "RaystudyTrialStuck": (
+        {f'ray_raystudy_last_event_seconds{{{STUDY},trial_id="t"}}': "0+60x30"},
+        16, 17, "t has said nothing for 17m 0s",
+    ),
+    "RaystudyRetries": (  # two drivers, one after the other
+        {
+            f'ray_raystudy_retries_total{{{STUDY},WorkerId="1"}}': "0 0 1 2 2x20 _x20",
+            f'ray_raystudy_retries_total{{{STUDY},WorkerId="2"}}': "_x25 0 1 1 2 2x20",
+        },
+        27, 28, "s: 4 retries in half an hour",
+    ),
+    "RaystudyNoProgress": (
+        {
+            f'ray_raystudy_trials{{{STUDY},state="waiting"}}': "2x30",
+            f'ray_raystudy_trials{{{STUDY},state="running"}}': "1x4 0x30",
+        },
+        14, 15, "s: trials wait and none runs",
+    ),
+    "RaystudyQuarantine": (
+        {
+            f"ray_raystudy_images{{{STUDY}}}": "0 1000x20",
+            f"ray_raystudy_quarantined_images{{{STUDY}}}": "0 10x8 11x20",
+        },
+        9, 10, "s: 1.1% of the images cannot be read",
+    ),
+}  # fmt: skip
+
+
+def provoke(alert: str, rules: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Let promtool look at an alert at its two minutes."""
+    series, silent, firing, summary = PROVOKED[alert]
+    (rule,) = [r for r in yaml.safe_load(rules)["groups"][0]["rules"] if r["alert"] == alert]
+    labels = {"study": "s", **rule["labels"], **({"trial_id": "t"} if alert == "RaystudyTrialStuck" else {})}
+    expected = {"exp_labels": labels, "exp_annotations": {"summary": summary}}
+    looks = [
+        {"eval_time": f"{silent}m", "alertname": alert, "exp_alerts": []},
+        {"eval_time": f"{firing}m", "alertname": alert, "exp_alerts": [expected]},
+    ]
+    given = [{"series": name, "values": values} for name, values in series.items()]
+    test = {"interval": "1m", "input_series": given, "alert_rule_test": looks}
+    (folder / "alerts.yml").write_text(rules)
+    tree = {"rule_files": ["alerts.yml"], "evaluation_interval": "1m", "tests": [test]}
+    (folder / "provoked.yml").write_text(yaml.safe_dump(tree))
+    return promtool("test", "rules", "provoked.yml", folder=folder)
+
+
+@pytest.mark.parametrize("alert", PROVOKED)
+def test_an_alert_is_silent_until_its_limit_and_fires_beyond_it(alert: str, tmp_path: Path) -> None:
+    rules = (DASHBOARDS / "alerts.yml").read_text()
+    shown = provoke(alert, rules, tmp_path)
+    assert shown.returncode == 0, shown.stdout
+    wrong = provoke(alert, rules.replace("ray_raystudy_", "ray_raystudie_"), tmp_path)
+    assert wrong.returncode == 1  # a name that nobody exports never fires
