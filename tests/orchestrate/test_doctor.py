@@ -1,0 +1,123 @@
+"""What a user can get wrong about services: `raystudy doctor` and every verb name it with its remedy and end with 2."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from raystudy.config import Tracking
+from raystudy.errors import StudyError
+from raystudy.study import FORMAT_VERSION, Study
+from raystudy.tracking import sync_study
+from tests.orchestrate import tiny
+from tests.orchestrate.verbs import Answer, Command, ask, refused
+from tests.s3_server import free_port
+
+NOWHERE = "127.0.0.1:9"
+READERS = ("status", "report", "stop", "explain")  # of a study directory
+OLD_RAY = "2.40.0"
+WORDS = {
+    "wrong address": "nobody answers",
+    "storage away": "no answer from http://127.0.0.1:",
+    "storage is a file": "storage",
+    "newer study": "was written by a newer raystudy",
+    "older Ray": f"Ray {OLD_RAY} does not fit",
+    "older MLflow": "MLflow server 1.30.0 is not supported",
+}
+VERBS = {
+    "wrong address": ("run", "prepare", "submit", "doctor"),
+    "storage away": ("run", "prepare", "doctor", *READERS),
+    "storage is a file": ("run", "prepare", "doctor", *READERS),
+    "newer study": ("run", "doctor", *READERS),
+    "older Ray": ("run", "prepare", "submit", "doctor"),
+    "older MLflow": ("run", "doctor"),
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """An experiment, and everything that can be wrong around it."""
+
+    file: Path
+    mlflow: str
+
+    def command(self, wrong: str, verb: str) -> Command:
+        """Return the command line by which a user meets what is wrong."""
+        typed = [verb, str(self.file), *(["pneumonia", "H1/film.png"] if verb == "explain" else [])]
+        environment: dict[str, str] = {}
+        folder = self.file.parent
+        if wrong == "wrong address" and verb == "prepare":  # it has no --address
+            environment["RAY_ADDRESS"] = NOWHERE
+        elif verb == "submit" or (verb, wrong) == ("doctor", "wrong address"):
+            typed += ["--address", f"http://{NOWHERE}"]
+        elif wrong == "wrong address":
+            typed += ["--address", NOWHERE]
+        elif wrong == "storage away":
+            typed += ["--storage", "s3://bucket/studies"]
+            environment |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}", "AWS_REGION": "us-east-1"}
+            environment |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        elif wrong == "storage is a file":
+            typed += ["--storage", str(folder / "table.csv")]
+        elif wrong == "newer study":
+            typed += ["--storage", str(folder / "newer")]
+        elif wrong == "older MLflow":
+            typed += ["--set", "tracking.enabled=true", "--set", f"tracking.uri={self.mlflow}"]
+        return Command(typed, environment, OLD_RAY if wrong == "older Ray" else None)
+
+
+class OldMLflow(BaseHTTPRequestHandler):
+    """Answers what an MLflow server of long ago says of itself."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/version" else 404)
+        self.end_headers()
+        self.wfile.write(b"1.30.0")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def old_mlflow() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OldMLflow) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def answers(old_mlflow: str, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Answer]:
+    """What every verb says of everything that can be wrong, all at once: most of the time is waiting."""
+    folder = tmp_path_factory.mktemp("wrong")
+    places = Places(tiny.experiment_file(folder, folder / "studies"), old_mlflow)
+    (folder / "studies").mkdir()
+    Study.at(str(folder / "newer"), "tiny").storage.write_json("plan.json", {"format": FORMAT_VERSION + 1})
+    pairs = [(wrong, verb) for wrong, verbs in VERBS.items() for verb in verbs]
+    said = ask([places.command(*pair) for pair in pairs])
+    assert list((folder / "studies").rglob("lock.json")) == []
+    return dict(zip(pairs, said, strict=True))
+
+
+@pytest.mark.parametrize(("wrong", "verb"), [(w, v) for w, verbs in VERBS.items() for v in verbs])
+def test_what_is_wrong_is_named_with_its_remedy(wrong: str, verb: str, answers: dict[tuple[str, str], Answer]) -> None:
+    answer = answers[wrong, verb]
+    assert refused(answer, WORDS[wrong]), answer
+
+
+def test_a_sound_machine_is_not_found_wrong(tmp_path: Path) -> None:
+    file = tiny.experiment_file(tmp_path, tmp_path / "studies")
+    (answer,) = ask([Command(["doctor", str(file)])])
+    assert answer.code == 0, answer
+    assert answer.said.count("ok ") == 6
+
+
+def test_repairing_the_mirror_refuses_an_old_server_too(old_mlflow: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"server 1\.30\.0 is not supported"):
+        sync_study(Study.at(str(tmp_path), "tiny"), Tracking(uri=old_mlflow))
