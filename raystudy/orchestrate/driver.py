@@ -176,6 +176,7 @@ def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, ad
         write_phantom_originals(plan.experiment, plan.image_table, storage, shown)
         involved = plan.trials if run.book is not None or run.todo.films else run.todo.involved
         run.films = prepare_films(involved, plan.image_table, storage, shown)
+        run.films.left_out = len(plan.unusable)
         run.study.keep_image_keys(run.films.arrays)
         with run.stop.signals():
             if executor == "plain":

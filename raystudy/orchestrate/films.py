@@ -23,10 +23,11 @@ from raystudy.storage import Storage
 
 @dataclass
 class Films:
-    """Prepared films by decode settings."""
+    """Prepared films by decode settings; ``left_out``: how many the plan does without, as they cannot be read."""
 
     prepared: dict[ImageSettings, Prepared] = field(default_factory=dict)
     arrays: dict[str, ImageArray] = field(default_factory=dict)
+    left_out: int = 0
 
     def key(self, trial: PlannedTrial) -> str:
         """Return the name of the array that holds a trial's films."""
@@ -45,7 +46,7 @@ class Films:
 
     @property
     def quarantined(self) -> int:
-        return sum(len(p.quarantine) for p in self.prepared.values())
+        return self.left_out + sum(len(p.quarantine) for p in self.prepared.values())
 
 
 def prepare_films(trials: Sequence[PlannedTrial], image_table: pd.DataFrame, storage: Storage, shown: Display) -> Films:

@@ -63,11 +63,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All trials that an experiment asks for, in the order task, axes, mixture, cohort seed, seed."""
+    """All trials that an experiment asks for, in the order task, axes, mixture, cohort seed, seed.
+
+    Parameters
+    ----------
+    unusable : ids of images that cannot be read and are in no trial.
+    """
 
     experiment: Experiment
     arms: tuple[Arm, ...]
     trials: tuple[PlannedTrial, ...]
+    unusable: frozenset[str] = frozenset()
 
     @property
     def image_table(self) -> pd.DataFrame:
@@ -102,7 +108,7 @@ def plan_study(experiment: Experiment, storage: Storage, unusable: Collection[st
     """
     arms = tuple(_arms(experiment, storage, unusable))
     trials = tuple(trial for arm in arms for trial in trials_of(arm))
-    return StudyPlan(experiment, arms, trials)
+    return StudyPlan(experiment, arms, trials, frozenset(unusable))
 
 
 def _arms(experiment: Experiment, storage: Storage, unusable: Collection[str]) -> list[Arm]:
