@@ -87,7 +87,7 @@ class Search(_Strict):
 class Experiment(_Strict):
     """A study: two sources, tasks, mixtures and seeds; the defaults are the paper's."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+    name: str
     notes: tuple[str, ...] = ()  # printed on the report page
     storage: str = "studies"
     study_seed: Seed = 0
@@ -114,6 +114,14 @@ class Experiment(_Strict):
         if len(set(values)) != len(values):
             raise ValueError(f"values must not repeat, got {list(values)}")
         return values
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", value):
+            rule = "must be 1 to 63 letters, digits, _ and -, beginning with a letter or digit"
+            raise ValueError(f"{rule}, got {json.dumps(value)}")
+        return value
 
     @field_validator("sources", "tasks")
     @classmethod
@@ -211,12 +219,18 @@ def load_experiment(path: str | Path, overrides: tuple[str, ...] | list[str] = (
     except ValidationError as error:
         raise StudyError(source.explain(error, Experiment)) from None
     for key, values in experiment.axes.items():
+        met: list[Experiment] = []
         for value in values:
             try:
-                experiment.with_values({key: value})
+                met.append(experiment.with_values({key: value}))
             except ValidationError as error:
                 problem = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
                 raise StudyError(
                     f"axes.{key}: {problem}, got {json.dumps(value)}", where=source.place(["axes", key])
                 ) from None
+            if met[-1] in met[:-1]:
+                raise StudyError(
+                    f"axes.{key}: values must not repeat, got {json.dumps(value)} again",
+                    where=source.place(["axes", key]),
+                )
     return experiment

@@ -190,9 +190,14 @@ class ExperimentText:
             return f"{start}: unknown key{did_you_mean(str(keys[-1]), _known_keys(root, keys[:-1], self.tree))}"
         if kind in ("missing", "missing_argument"):
             return f"{start}: this key is required\n  remedy: add `{keys[-1]}:`"
+        if kind == "union_tag_not_found":
+            known = [kind for c in _settings_at(root, keys, self.tree) for kind in _kinds(c)]
+            return f"{start}: this key is required\n  remedy: add `kind:`, one of {', '.join(known)}"
         value = problem.get("input")
         shown = "" if isinstance(value, dict) or kind == "value_error" else f", got {json.dumps(value, default=str)}"
-        return f"{start}: {message}{shown[:200]}"
+        listed = kind == "tuple_type" and isinstance(value, str | int | float)
+        remedy = f"\n  remedy: write a list: [{value}]" if listed else ""
+        return f"{start}: {message}{shown[:200]}{remedy}"
 
 
 def _leaves(value: Any, keys: list[Any]) -> Iterator[tuple[list[Any], Any]]:
@@ -223,7 +228,13 @@ def _keys_in_file(location: tuple[Any, ...], tree: Any) -> list[Any]:
 
 
 def _known_keys(root: type, branch: list[Any], tree: Any) -> list[str]:
-    """Return the names that are allowed below a branch of the file, from the types of its settings."""
+    """Return the names that are allowed below a branch of the file."""
+    here = _settings_at(root, branch, tree)
+    return list(dict.fromkeys(name for c in here if get_origin(c) is not dict for name in _hints(c)))
+
+
+def _settings_at(root: type, branch: list[Any], tree: Any) -> list[Any]:
+    """Return the settings classes and dictionaries that a branch of the file may be, from the types above it."""
     here: list[Any] = [root]
     for key in branch:
         tree = tree.get(key) if isinstance(tree, dict) else None
@@ -231,7 +242,7 @@ def _known_keys(root: type, branch: list[Any], tree: Any) -> list[str]:
         here = [c for hint in below for c in _settings_in(hint)]
         kind = tree.get("kind") if isinstance(tree, dict) else None
         here = [c for c in here if kind is None or not _kinds(c) or kind in _kinds(c)]
-    return list(dict.fromkeys(name for c in here if get_origin(c) is not dict for name in _hints(c)))
+    return here
 
 
 def _hints(owner: type) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class ExplainSettings:
             "l2_eps must be positive": self.l2_eps > 0,
             "adai_images must be at least 1, or null for all": self.adai_images is None or self.adai_images >= 1,
             "adai_draws must be at least 1": self.adai_draws >= 1,
-            "mask_share must lie between 0 and 1": 0 < self.mask_share < 1,
+            "mask_share must lie in 0.01..0.99": 0.01 <= self.mask_share <= 0.99,
             "top_k must be at least 1": self.top_k >= 1,
         }
         for rule, ok in checks.items():

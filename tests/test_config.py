@@ -89,6 +89,24 @@ REFUSALS = {
     "an axis with a wrong value": (
         "axes:\n  model.backbone: [resnet18, vgg]\n", 8, "axes.model.backbone", "resnet50", '"vgg"',
     ),
+    "an axis with a value twice": (
+        "axes:\n  model.prototype_dim: [64, 64.0]\n", 8, "axes.model.prototype_dim", "must not repeat", "64",
+    ),
+    "a rate that overflows": ("training: {lr_add_on: 1e308}\n", 7, "training", "learning rates must lie in", "100"),
+    "a decay that overflows": ("training: {weight_decay: 1e308}\n", 7, "training", "weight_decay must lie in", "100"),
+    "a coefficient that overflows": (
+        "training: {coefficient_cluster: -1e300}\n", 7, "training", "coefficients must lie in", "1e6",
+    ),
+    "more threads than a machine has": ("training: {threads: 10000}\n", 7, "training", "threads must lie in", "128"),
+    "prototypes beyond any film": (
+        "model: {prototypes_per_class: 100000}\n", 7, "model", "prototypes_per_class must lie in 1..1000", "",
+    ),
+    "prototypes that are too long": (
+        "model: {prototype_dim: 100000}\n", 7, "model", "prototype_dim must lie in 1..4096", "",
+    ),
+    "a mask of nothing": ("explain: {mask_share: 1e-9}\n", 7, "explain", "mask_share must lie in 0.01..0.99", ""),
+    "an odd study name": ("", 1, "name", "letters, digits, _ and -", 'got "../evil"'),
+    "one seed without its list": ("seeds: 3\n", 7, "seeds", "got 3", "write a list: [3]"),
     "an axis that is searched too": (
         "axes: {training.epochs: [20]}\nsearch: {trials: 2, space: {training.epochs: {choice: [20]}}}\n",
         None, "training.epochs", "both an axis and searched", "keep one",
@@ -117,7 +135,8 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_bad_file_is_refused_with_line_key_and_remedy(name: str, tmp_path: Path) -> None:
     more, line, key, what, remedy = REFUSALS[name]
-    message = refusal(tmp_path, BASE + more)
+    text = BASE + more if more else BASE.replace("name: check", "name: ../evil")
+    message = refusal(tmp_path, text)
     assert line is None or f"check.yaml:{line}:" in message
     for part in (key, what, remedy):
         assert part in message
@@ -125,7 +144,7 @@ def test_a_bad_file_is_refused_with_line_key_and_remedy(name: str, tmp_path: Pat
 
 SOURCES = {
     "an unknown kind": ("H2: {kind: phantm}", "sources.H2", "phantom"),
-    "no kind": ("H2: {}", "sources.H2", "kind"),
+    "no kind": ("H2: {root: a}", "sources.H2", "add `kind:`, one of nih, chexpert, manifest, dicom, phantom"),
     "a missing key": ("H2: {kind: nih}", "sources.H2.root", "required"),
     "an unknown key": ("H2: {kind: nih, root: a, tabel: b}", "sources.H2.tabel", "did you mean `table`?"),
     "an unknown key below": (

@@ -28,9 +28,14 @@ class ModelSettings:
     backbone_layers: int = 4
 
     def __post_init__(self) -> None:
-        _require(self.prototypes_per_class >= 1, "prototypes_per_class must be at least 1")
-        _require(self.prototype_dim >= 1, "prototype_dim must be at least 1")
+        _require(1 <= self.prototypes_per_class <= 1000, "prototypes_per_class must lie in 1..1000")
+        _require(1 <= self.prototype_dim <= 4096, "prototype_dim must lie in 1..4096")
         _require(1 <= self.backbone_layers <= 4, "backbone_layers must be 1, 2, 3 or 4")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side of one cell of the feature grid."""
+        return 4 * 2 ** (self.backbone_layers - 1)
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,11 @@ class TrainingSettings:
         _require(self.batch_size >= 2, "batch_size must be at least 2 (batch norm)")
         _require(self.evaluation_batch_size >= 1, "evaluation_batch_size must be at least 1")
         rates = (self.lr_backbone, self.lr_add_on, self.lr_prototypes, self.lr_warm_add_on, self.lr_warm_prototypes)
-        _require(all(r > 0 for r in (*rates, self.lr_last_layer)), "learning rates must be positive")
-        _require(self.weight_decay >= 0, "weight_decay must not be negative")
+        _require(all(0 < r <= 100 for r in (*rates, self.lr_last_layer)), "learning rates must lie in (0, 100]")
+        _require(0 <= self.weight_decay <= 100, "weight_decay must lie in 0..100")
+        terms = (self.coefficient_cross_entropy, self.coefficient_cluster, self.coefficient_separation)
+        _require(all(abs(c) <= 1e6 for c in (*terms, self.coefficient_l1)), "coefficients must lie in -1e6..1e6")
         _require(self.step_epochs >= 1, "step_epochs must be at least 1")
         _require(0 < self.step_gamma <= 1, "step_gamma must lie in (0, 1]")
-        _require(self.threads >= 1, "threads must be at least 1")
+        _require(1 <= self.threads <= 128, "threads must lie in 1..128")
         _require(0 < self.checkpoint_share <= 1, "checkpoint_share must lie in (0, 1]")
