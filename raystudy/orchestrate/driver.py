@@ -6,6 +6,7 @@ A run that finds everything done starts no Ray.  Ctrl-C, SIGTERM and `raystudy s
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from raystudy.orchestrate.assignment import STOPPED, Work, clear_stop
 from raystudy.orchestrate.changes import describe_changes
 from raystudy.orchestrate.cluster import run_on_ray
 from raystudy.orchestrate.films import Films, plan_readable, prepare_films
+from raystudy.orchestrate.initial_weights import check_initial_weights
 from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.phantoms import write_phantom_originals
@@ -123,7 +125,7 @@ def run_study(
 
     Raises
     ------
-    StudyError : another driver works on the study, films that cannot be read, no Ray at the address.
+    StudyError : another driver works on the study, films or initial weights that cannot be read, no Ray at the address.
     """
     started = time.monotonic()
     shown = shown or Silent()
@@ -138,6 +140,9 @@ def run_study(
         more = book is not None and book.wants_more and not only_failed
         unexplained = ledger.missing_explanations(only_failed) if work is None else []
         todo = Todo(missing, unexplained, more, films=not ledger.films_known())
+        fresh = [t for t in missing if not any(n.startswith("checkpoint/") for n in ledger.files(t))]
+        beginning = [t.spec.model for t in [*fresh, *(plan.trials if more else ())]]
+        check_initial_weights(beginning, local=not (address or os.environ.get("RAY_ADDRESS")))
         for line in describe_changes(ledger, missing):
             shown.say(line)
         ledger.write_plan()
