@@ -197,8 +197,10 @@ def _measure(trial: PlannedTrial, on_gpu: bool, at_least: float) -> Work:
             optimizers["last_layer"].step()
 
         last = _time(last_layer, device, at_least / 4)
-        model.eval()
-        explainer = PrototypeExplainer(model, trial.explain.rule, trial.explain.l2_power)
+        untrained = (
+            ProtoPNet.from_settings(trial.spec.model).to(device).eval()
+        )  # a high rate may have blown the other up
+        explainer = PrototypeExplainer(untrained, trial.explain.rule, trial.explain.l2_power)
         index = torch.arange(min(4, trial.spec.model.prototypes_per_class), device=device)[None]
         relevance = _time(lambda: explainer(images[:1], index) and None, device, at_least) / index.shape[1]
     finally:

@@ -22,6 +22,7 @@ from raystudy.status_text import clock
 from raystudy.storage import Storage, open_storage
 
 FEWEST_JOINT_STEPS = 500
+FEWEST_CELLS = 4  # a side of the feature grid
 WIDE = 200  # columns of tables that go into a file or a pipe
 
 
@@ -92,7 +93,7 @@ def _attainable_text(found: Attainable) -> str:
 
 
 def warnings_of(experiment: Experiment, cost: Cost) -> list[str]:
-    """Return what a user should know before starting: schedules that cannot learn."""
+    """Return what a user should know before starting: schedules that cannot learn, grids too coarse to explain."""
     found: list[str] = []
     if cost.joint_steps < FEWEST_JOINT_STEPS:
         found.append(
@@ -100,6 +101,12 @@ def warnings_of(experiment: Experiment, cost: Cost) -> list[str]:
             "(more epochs, more films or smaller batches)"
         )
     training = experiment.training
+    cells = -(-experiment.images.size // experiment.model.stride)
+    if cells < FEWEST_CELLS:
+        found.append(
+            f"the feature grid has {cells} × {cells} cells; below {FEWEST_CELLS} × {FEWEST_CELLS} relevance, heat maps "
+            "and class maps mean little (raise images.size or lower model.backbone_layers)"
+        )
     if experiment.model.weights == "none" and training.schedule == "step" and training.lr_backbone <= 1e-4:
         found.append("the paper's schedule is made for ImageNet weights; from random weights name your own schedule")
     return found

@@ -13,6 +13,7 @@ from raystudy.cli import app
 from raystudy.config import Experiment, load_experiment
 from raystudy.errors import StudyError
 from raystudy.orchestrate import plan_text
+from raystudy.orchestrate.cost import Cost
 from tests.cohorts.hospitals import COLUMNS, films_of
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -166,3 +167,20 @@ def test_decimals_of_a_checked_accuracy_are_those_that_were_typed() -> None:
         json.loads(CliRunner().invoke(app, ["plan", "--check", "63.80", "--n", "290", "--json"]).output)["percent"]
         == "63.80"
     )
+
+
+def test_a_rate_that_blows_the_network_up_is_planned_like_any_other(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rates = [f"training.lr_{name}=100" for name in ("backbone", "add_on", "prototypes")]
+    assert cost("demo.yaml", capsys, tmp_path, "training.coefficient_cluster=1e6", *rates)["seconds"] != "unknown"
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "cells"), [(64, 4, "2 × 2"), (97, 4, None), (32, 3, "2 × 2"), (32, 2, None)]
+)
+def test_a_grid_too_coarse_to_explain_is_a_warning(size: int, layers: int, cells: str | None, tmp_path: Path) -> None:
+    experiment = two_hospitals(tmp_path, images={"size": size}, model={"backbone_layers": layers})
+    found = " ".join(plan_text.warnings_of(experiment, Cost(1, 1000, 1, None, None)))
+    assert ("feature grid has" in found) == (cells is not None)
+    assert cells is None or f"grid has {cells} cells" in found
