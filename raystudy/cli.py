@@ -245,7 +245,7 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point of the `raystudy` command."""
+    """Run the verb of the command line."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     app()

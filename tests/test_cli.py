@@ -143,6 +143,26 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
     assert '"interrupted"' in (trial / "events").read_text()
 
 
+INTERRUPTED_LOADING = """
+import os, runpy, signal, sys
+
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+sys.meta_path.insert(0, CtrlC())
+sys.argv = ["raystudy", "status", "nowhere.yaml"]
+runpy.run_module("raystudy", run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_the_command_is_loading_is_a_message_too() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_LOADING], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted; run the same command again to go on\n")
+
+
 def test_a_run_of_a_finished_study_says_so_within_seconds(tiny_study: TinyStudy, tmp_path: Path) -> None:
     shutil.copytree(Path(tiny_study.study.storage.uri).parent, tmp_path, dirs_exist_ok=True)  # with its films
     before = tiny.result_bytes(tmp_path)
