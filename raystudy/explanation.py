@@ -27,7 +27,7 @@ from raystudy.explanation_faithfulness import (
     pairs_table,
     test_set_of,
 )
-from raystudy.explanation_prototypes import SUPERPOSITION, PrototypeJob, Sources, make_explainer
+from raystudy.explanation_prototypes import PrototypeJob, Sources, make_explainer
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.relevance import unique_prototypes
@@ -45,8 +45,8 @@ SCHEMA = 1
 IMAGES_PER_CHUNK = 16
 _COMMON = ("rule", "l2_power", "l2_eps", "precision")
 _OF_JOB: dict[str, tuple[str, ...]] = {
-    "faithfulness": (*_COMMON, "adai_images", "adai_draws", "mask_share", "noise", "upsampling"),
-    "prototypes": (*_COMMON, "prp_scale", "top_k"),
+    "faithfulness": (*_COMMON, "adai_images", "adai_draws", "mask_share", "ranking", "noise", "upsampling"),
+    "prototypes": (*_COMMON, "prp_scale", "top_k", "superposition"),
 }
 
 
@@ -197,7 +197,7 @@ def _prototypes(
             place.write_table(name, content)
         else:
             place.write_json(name, content)
-    return {**counts, "superposition": SUPERPOSITION, "prp_scale": work.settings.prp_scale}
+    return {**counts, "superposition": work.settings.superposition, "prp_scale": work.settings.prp_scale}
 
 
 def _sources(storage: Storage) -> Sources:

@@ -185,11 +185,12 @@ class PairMaker:
         prp = self.explainer(image.unsqueeze(0), index).maps[0].cpu().numpy()
         heat = upsample_activation(original.activation[chosen], size, settings.upsampling)
         inside = _positive_shares({"protopnet": scale_activation(heat).cpu().numpy(), "prp": prp}, masks, image_id)
+        ranked = np.abs if settings.ranking == "absolute" else np.asarray
         rows: list[dict[str, object]] = []
         for draw in range(settings.adai_draws):
             maps = {
-                "protopnet": heat.cpu().numpy(),
-                "prp": prp,
+                "protopnet": ranked(heat.cpu().numpy()),
+                "prp": ranked(prp),
                 "random": random_ranking(self.study_seed, image_id, draw, size)[None],
             }
             ties = mask_ties(self.study_seed, image_id, draw, size)

@@ -38,7 +38,6 @@ from raystudy.streams import stream
 
 SCAN_BATCH, SCAN_CHUNK, MAP_CHUNK = 32, 256, 4  # constants: results do not depend on the machine
 SOURCE_GAP = 1e-3  # a frozen network's prototype is its source patch up to rounding (5e-5)
-SUPERPOSITION = "displayed_mean"
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -198,7 +197,7 @@ class PrototypeJob:
             "top_k_maps.safetensors": safetensors.numpy.save({"prp": arrays["top"]}),
             "unique.parquet": self._unique_table(arrays),
             "top_k.parquet": self._top_table(found.rows, found.is_source, distances, cells, width),
-            "class_maps.safetensors": self._class_maps(arrays["prp"]),
+            "class_maps.safetensors": self._class_maps(arrays["prp"], arrays["score"]),
             "specificity.json": self.specificity(pieces),
         }
         if masks is not None:
@@ -208,12 +207,20 @@ class PrototypeJob:
             n[f"n_unique_class_{label}"] = sum(u.label == label for u in self.unique)
         return files, n
 
-    def _class_maps(self, maps: NDArray[np.float32]) -> bytes:
-        labels = np.array([u.label for u in self.unique])
-        stack = torch.from_numpy(maps)
-        return safetensors.numpy.save(
-            {f"class_{c}": class_map(stack[labels == c], SUPERPOSITION).numpy() for c in sorted(set(labels.tolist()))}
-        )
+    def _class_maps(self, maps: NDArray[np.float32], scores: NDArray[np.float32]) -> bytes:
+        members: dict[int, list[int]] = {}
+        for i, unique in enumerate(self.unique):
+            members.setdefault(unique.label, []).append(i)
+        found = {
+            f"class_{label}": class_map(
+                torch.from_numpy(maps[at]),
+                self.settings.superposition,
+                multiplicities=[self.unique[i].multiplicity for i in at],
+                scores=[float(scores[i]) for i in at],
+            ).numpy()
+            for label, at in sorted(members.items())
+        }
+        return safetensors.numpy.save(found)
 
     def _unique_table(self, arrays: Mapping[str, NDArray[Any]]) -> pa.Table:
         rows = [

@@ -24,9 +24,11 @@ class ExplainSettings:
     adai_images: int | None = None
     adai_draws: int = 1
     mask_share: float = 0.5
+    ranking: Literal["signed", "absolute"] = "signed"  # of what is masked first
     noise: Literal["grey", "per_channel"] = "grey"
     upsampling: Literal["cubic", "bilinear"] = "cubic"
     top_k: int = 4
+    superposition: Literal["displayed_mean", "unit_sum", "multiplicity", "score", "maximum"] = "displayed_mean"
 
     def __post_init__(self) -> None:
         checks = {

@@ -31,7 +31,14 @@ from raystudy.numerics import numerics
 from raystudy.protopnet import ProtoPNet
 from raystudy.protopnet.losses import LossTerms, last_layer_loss, loss_terms
 from raystudy.protopnet.projection import project_features
-from raystudy.protopnet.stages import build_optimizers, projects_after, set_learning_rates, set_stage, stage_of
+from raystudy.protopnet.stages import (
+    build_optimizers,
+    last_layer_epochs_after,
+    projects_after,
+    set_learning_rates,
+    set_stage,
+    stage_of,
+)
 from raystudy.protopnet.weights import start_from_weights
 from raystudy.results import read_result
 from raystudy.storage import Storage
@@ -165,7 +172,9 @@ class _Trial:
                 if at.phase == "projection":
                     self.project()
                     at.phase = "last_layer"
-                while at.phase == "last_layer" and at.last_layer_epoch < settings.last_layer_epochs:
+                while at.phase == "last_layer" and at.last_layer_epoch < last_layer_epochs_after(
+                    at.epoch + 1, settings
+                ):
                     self.train_last_layer_epoch()
                 at.epoch, at.phase, at.last_layer_epoch, self.scores = at.epoch + 1, "train", 0, {}
         except _DivergedError as error:

@@ -15,6 +15,7 @@ from raystudy.protopnet.settings import ModelSettings, TrainingSettings
 SPEC_SCHEMA = 1  # raised when an older raystudy could no longer read spec.json
 _S = TypeVar("_S", ModelSettings, TrainingSettings)
 _NOT_IDENTITY = frozenset({"checkpoint_share"})  # decides when checkpoints are written, never what is learned
+_SHOWN_ONLY = frozenset({"class_names"})
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class TrialSpec:
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of all that moves the result; settings at their default do not count (rule 2)."""
-        values = self.to_json()
+        values = {k: v for k, v in self.to_json().items() if k not in _SHOWN_ONLY}
         for name, defaults in (("model", ModelSettings()), ("training", TrainingSettings())):
             default = dataclasses.asdict(defaults)
             values[name] = {k: v for k, v in values[name].items() if v != default[k] and k not in _NOT_IDENTITY}

@@ -92,10 +92,10 @@ REFUSALS = {
     "an axis with a value twice": (
         "axes:\n  model.prototype_dim: [64, 64.0]\n", 8, "axes.model.prototype_dim", "must not repeat", "64",
     ),
-    "a rate that overflows": ("training: {lr_add_on: 1e308}\n", 7, "training", "learning rates must lie in", "100"),
-    "a decay that overflows": ("training: {weight_decay: 1e308}\n", 7, "training", "weight_decay must lie in", "100"),
+    "a rate that overflows": ("training: {lr_add_on: 1e308}\n", 7, "training", "learning rates must lie in", "1e30"),
+    "a decay that overflows": ("training: {weight_decay: 1e308}\n", 7, "training", "weight_decay must lie in", "1e30"),
     "a coefficient that overflows": (
-        "training: {coefficient_cluster: -1e300}\n", 7, "training", "coefficients must lie in", "1e6",
+        "training: {coefficient_cluster: -1e300}\n", 7, "training", "coefficients must lie in", "1e30",
     ),
     "more threads than a machine has": ("training: {threads: 10000}\n", 7, "training", "threads must lie in", "128"),
     "prototypes beyond any film": (

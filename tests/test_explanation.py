@@ -279,6 +279,17 @@ def test_class_maps_have_largest_magnitude_one_and_are_the_mean_of_displayed_map
         assert np.allclose(class_maps[f"class_{label}"], mean / np.abs(mean).max(), atol=1e-6)
 
 
+def test_class_maps_are_superimposed_as_the_settings_say(trial, done, tmp_path) -> None:
+    settings = dataclasses.replace(SETTINGS, superposition="maximum")
+    files = contents(trial.explain("prototypes", trial.storage(tmp_path), settings))
+    assert json.loads(files["done.json"])["superposition"] == "maximum"
+    maps, unique = safetensors.numpy.load(files["maps.safetensors"])["prp"], table(files["unique.parquet"])
+    for label, found in ((c, safetensors.numpy.load(files["class_maps.safetensors"])[f"class_{c}"]) for c in (0, 1)):
+        own = maps[unique["class"] == label]
+        assert np.allclose(found, (own / np.abs(own).max(axis=(1, 2), keepdims=True)).max(axis=0), atol=1e-6)
+    assert files["maps.safetensors"] == done["prototypes"]["maps.safetensors"]
+
+
 def test_the_most_activated_training_image_of_a_prototype_is_its_source(trial, done) -> None:
     files = done["prototypes"]
     top = table(files["top_k.parquet"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from raystudy.explanation_faithfulness import PairMaker, masked_scores
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.protopnet import ProtoPNet
-from raystudy.relevance import PrototypeExplainer, UniquePrototype
+from raystudy.relevance import PrototypeExplainer, Relevance, UniquePrototype
 
 ROW = {"image_id": "H1/a.png", "patient_id": "H1:a", "source": "H1", "test_set": "Test-50-50"}
 
@@ -34,6 +35,27 @@ def test_pairs_of_a_fitting_film_have_three_methods() -> None:
     with torch.no_grad():
         rows = maker(network(), 0, 1, 2, 3).rows(ROW, film(), None)
     assert [r["method"] for r in rows] == ["protopnet"] * 2 + ["prp"] * 2 + ["random"] * 2
+
+
+class Negated(PrototypeExplainer):
+    """Explains with the sign turned round."""
+
+    def __call__(self, images: torch.Tensor, prototypes: torch.Tensor) -> Relevance:
+        found = super().__call__(images, prototypes)
+        return dataclasses.replace(found, maps=-found.maps)
+
+
+def masked_prp(explainer: PrototypeExplainer, ranking: Literal["signed", "absolute"]) -> list[object]:
+    given = dataclasses.replace(maker(network(), 0, 1, 2, 3), explainer=explainer)
+    with torch.no_grad():
+        rows = dataclasses.replace(given, settings=ExplainSettings(ranking=ranking)).rows(ROW, film(), None)
+    return [row["score_masked"] for row in rows if row["method"] == "prp"]
+
+
+def test_absolute_ranking_does_not_see_the_sign_of_relevance() -> None:
+    plain, turned = PrototypeExplainer(network()), Negated(network())
+    assert masked_prp(turned, "absolute") == masked_prp(plain, "absolute") == masked_prp(plain, "signed")
+    assert masked_prp(turned, "signed") != masked_prp(plain, "signed")
 
 
 def test_a_model_in_training_mode_is_refused() -> None:

@@ -20,7 +20,7 @@ from raystudy.results import damaged_files, read_result
 from raystudy.storage import Storage, open_storage
 from raystudy.streams import stream
 from raystudy.trial import TrialInterrupted, TrialSpec, load_model, run_trial
-from raystudy.trial_files import PREDICTION_SCHEMA, PROTOTYPE_SCHEMA
+from raystudy.trial_files import PREDICTION_SCHEMA, PROTOTYPE_SCHEMA, keep_spec, read_spec
 from raystudy.trial_state import is_better
 from tests.trial_example import FILES, MODEL, SIZE, contents, data, spec
 
@@ -78,6 +78,16 @@ def test_a_trial_leaves_its_files_and_nothing_else(frozen: Storage) -> None:
     ]  # fmt: skip
     assert Counter(h["epoch"] for h in result["history"] if h["stage"] == "last_layer") == {2: 3, 4: 3}
     assert damaged_files(frozen) == []
+
+
+def test_the_last_layer_may_be_trained_after_the_last_projection_alone(frozen: Storage, tmp_path: Path) -> None:
+    place = open_storage(tmp_path)
+    result = run_trial(spec({"last_layer_stages": "last"}), *data(), place)
+    assert Counter(h["epoch"] for h in result["history"] if h["stage"] == "last_layer") == {4: 3}
+    until_then = [
+        h for h in frozen.read_json("result.json")["history"] if h["epoch"] < 3 and h["stage"] != "last_layer"
+    ]
+    assert result["history"][: len(until_then)] == until_then
 
 
 def test_predictions_hold_a_row_for_each_image_and_test_set(frozen: Storage) -> None:
@@ -358,6 +368,13 @@ def test_a_spec_survives_its_file_and_new_keys_leave_it_alone() -> None:
     assert often.fingerprint() == trial.fingerprint()
     assert spec({"epochs": 8}).fingerprint() != trial.fingerprint()
     assert math.isclose(dataclasses.replace(trial).training.lr_backbone, 1e-3)
+
+
+def test_classes_that_are_called_otherwise_are_the_same_trial(frozen: Storage, tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    storage.write_bytes("spec.json", frozen.read_bytes("spec.json"))
+    keep_spec(storage, spec(class_names=("healthy", "ill")))
+    assert read_spec(storage).class_names == ("healthy", "ill")
 
 
 @pytest.mark.parametrize("where", ["", "training", "model"])

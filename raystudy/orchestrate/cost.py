@@ -19,7 +19,7 @@ from raystudy.config import Experiment
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
 from raystudy.protopnet import ProtoPNet
 from raystudy.protopnet.losses import last_layer_loss, loss_terms
-from raystudy.protopnet.stages import build_optimizers, projects_after, set_stage
+from raystudy.protopnet.stages import build_optimizers, last_layer_epochs_after, projects_after, set_stage
 from raystudy.relevance import RULE_SETS, PrototypeExplainer
 
 MEASURE_SECONDS = 0.8
@@ -125,11 +125,12 @@ def training_work(trial: PlannedTrial) -> Work:
     val, tests = len(trial.cohort) - train, int(trial.tests["image_id"].nunique())
     projections = sum(projects_after(e + 1, training) for e in range(training.epochs))
     passes = training.epochs * val + projections * (train + val) + tests
+    stages = [last_layer_epochs_after(e + 1, training) for e in range(training.epochs)]
     if training.last_layer_bn == "published":
-        passes += projections * training.last_layer_epochs * (shown + val)
-    elif shown > train and training.last_layer_epochs:
-        passes += projections * shown
-    steps = projections * training.last_layer_epochs * -(-shown // training.batch_size)
+        passes += sum(stages) * (shown + val)
+    elif shown > train:
+        passes += sum(epochs > 0 for epochs in stages) * shown
+    steps = sum(stages) * -(-shown // training.batch_size)
     return Work(training.epochs * shown, passes, steps)
 
 

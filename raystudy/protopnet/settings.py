@@ -48,7 +48,8 @@ class TrainingSettings:
     warm_epochs: int = 5
     projection_interval: int = 10  # project after every so many completed epochs
     projection_offset: int = 0  # 1: after 11, 21, … epochs, as the published code
-    last_layer_epochs: int = 20  # after each projection
+    last_layer_epochs: int = 20
+    last_layer_stages: Literal["each", "last"] = "each"  # after each projection, or after the last alone
     batch_size: int = 80
     evaluation_batch_size: int = 100
     lr_backbone: float = 1e-4
@@ -85,10 +86,10 @@ class TrainingSettings:
         _require(self.batch_size >= 2, "batch_size must be at least 2 (batch norm)")
         _require(self.evaluation_batch_size >= 1, "evaluation_batch_size must be at least 1")
         rates = (self.lr_backbone, self.lr_add_on, self.lr_prototypes, self.lr_warm_add_on, self.lr_warm_prototypes)
-        _require(all(0 < r <= 100 for r in (*rates, self.lr_last_layer)), "learning rates must lie in (0, 100]")
-        _require(0 <= self.weight_decay <= 100, "weight_decay must lie in 0..100")
+        _require(all(0 < r <= 1e30 for r in (*rates, self.lr_last_layer)), "learning rates must lie in (0, 1e30]")
+        _require(0 <= self.weight_decay <= 1e30, "weight_decay must lie in 0..1e30")
         terms = (self.coefficient_cross_entropy, self.coefficient_cluster, self.coefficient_separation)
-        _require(all(abs(c) <= 1e6 for c in (*terms, self.coefficient_l1)), "coefficients must lie in -1e6..1e6")
+        _require(all(abs(c) <= 1e30 for c in (*terms, self.coefficient_l1)), "coefficients must lie in -1e30..1e30")
         _require(self.step_epochs >= 1, "step_epochs must be at least 1")
         _require(0 < self.step_gamma <= 1, "step_gamma must lie in (0, 1]")
         _require(1 <= self.threads <= 128, "threads must lie in 1..128")

@@ -39,6 +39,14 @@ def projects_after(completed: int, settings: TrainingSettings) -> bool:
     return beyond > 0 and beyond % settings.projection_interval == 0
 
 
+def last_layer_epochs_after(completed: int, settings: TrainingSettings) -> int:
+    """Return how many last-layer epochs follow so many completed epochs."""
+    if not projects_after(completed, settings):
+        return 0
+    later = any(projects_after(e, settings) for e in range(completed + 1, settings.epochs + 1))
+    return 0 if later and settings.last_layer_stages == "last" else settings.last_layer_epochs
+
+
 def joint_factor(joint_epoch: int, settings: TrainingSettings) -> float:
     """Return what the joint learning rates are multiplied with in joint epoch k (0-based)."""
     if settings.schedule == "constant":

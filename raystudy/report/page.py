@@ -14,11 +14,19 @@ from matplotlib.figure import Figure
 from raystudy.errors import StudyError
 from raystudy.evaluate.intervals import Interval
 from raystudy.evaluate.reliance import Verdict
+from raystudy.explanation_settings import ExplainSettings
 from raystudy.report import figures, panels
 from raystudy.report.cohort_table import cohort_table
 from raystudy.report.data import FinishedTrial, ReportData, read_report_data
 from raystudy.study import Study
 
+SUPERPOSED = {
+    "displayed_mean": "scaled to its maximum, averaged",
+    "unit_sum": "summed",
+    "multiplicity": "scaled to its maximum, summed by how many prototypes are that patch,",
+    "score": "scaled to its maximum, summed by score",
+    "maximum": "scaled to its maximum, the largest of them",
+}
 FIGURES_OF_FILMS = "films"  # file names that begin so show films; they leave the study directory only when allowed
 
 
@@ -110,7 +118,8 @@ def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files:
     if not faithfulness.empty:
         bars = figures.faithfulness_bars(faithfulness, f"Faithfulness of the maps, {task}")
         n = int(faithfulness["n_images"].max())
-        caption = f"Average drop and increase at half the film masked, {n} films a trial; the random control ranks pixels by chance."
+        share = _settings(data, trials, "mask_share")
+        caption = f"Average drop and increase with {100 * float(share):g} % of the film masked, {n} films a trial; the random control ranks pixels by chance."
         _add(section, files, f"faithfulness_{slug}", bars, caption)
     _add_panels(section, files, data, trials, slug)
     section.tables.append(_mixture_rows(mixtures, reliance))
@@ -121,6 +130,12 @@ def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files:
     if not data.mask_shares.empty:
         _add_planted_truth(section, data.mask_shares[data.mask_shares["trial_id"].isin(ids)])
     return section
+
+
+def _settings(data: ReportData, trials: list[FinishedTrial], name: str) -> Any:
+    """Return an explanation setting of an arm: the study's, unless it is an axis."""
+    told = data.experiment["explain"].get(name, getattr(ExplainSettings(), name))  # an older study lacks newer keys
+    return trials[0].spec["axes"].get(f"explain.{name}", told)
 
 
 def _basis(mixtures: pd.DataFrame, reliance: pd.DataFrame) -> str:
@@ -178,7 +193,7 @@ def _add_panels(
         return
     names = list(explained[0].trial.spec["class_names"])
     grid = panels.class_map_grid(explained, names, "Global class maps")
-    caption = "Class maps: each unique prototype's PRP map on its own source film, scaled to its maximum, averaged over the class."
+    caption = f"Class maps: each unique prototype's PRP map on its own source film, {SUPERPOSED[_settings(data, trials, 'superposition')]} over the class."
     _add(section, files, f"{FIGURES_OF_FILMS}_class_maps_{slug}", grid, caption)
     spread = [explained[i] for i in sorted({0, len(explained) // 2, len(explained) - 1})]
     strong = min(explained, key=lambda e: abs(int(e.trial.spec["h1_share"]) - 90))

@@ -73,13 +73,12 @@ def _find_trial(study: Study, trial: str) -> str:
 
 def _film(study: Study, name: str, size: int, settings: ImageSettings) -> NDArray[np.uint8]:
     file = Path(name)
-    if file.is_file():
-        try:
+    try:
+        if file.is_file():
             return decode_film(file.read_bytes(), name, settings)
-        except Unreadable as error:
-            raise StudyError(
-                f"the film cannot be read: {error}", where=name, remedy="give a PNG or JPEG film"
-            ) from None
+    except (Unreadable, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StudyError(f"the film cannot be read: {reason}", where=name, remedy="give a PNG or JPEG film") from None
     try:
         return study.films([name], size).pixels[0]
     except (KeyError, FileNotFoundError, StudyError):

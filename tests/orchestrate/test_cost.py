@@ -68,8 +68,9 @@ def decoded(trial: PlannedTrial) -> ImageArray:
         ["training.last_layer_bn=published", "explain.adai_draws=2"],
         ["training.augmentation=published", "training.batch_size=40"],
         ["explain.enabled=false", "training.epochs=4"],
+        ["explain.enabled=false", "training.epochs=4", "training.last_layer_stages=last"],
     ],
-    ids=["plain", "published last layer", "augmented", "unexplained"],
+    ids=["plain", "published last layer", "augmented", "unexplained", "one last-layer stage"],
 )
 def test_the_work_of_a_trial_is_what_it_does(
     changes: list[str], films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -85,6 +85,18 @@ def test_tables_have_the_columns_that_others_rely_on(reported: Reported):
     assert {"study", "task", "h1_share", "cohort_seed"} <= set(table(study, "reliance").columns)
 
 
+def test_captions_follow_the_settings_of_the_explanations(study: Study) -> None:
+    write_report(study)
+    assert "with 50 % of the film masked" in page(study)
+    assert "scaled to its maximum, averaged over the class" in page(study)
+    experiment = yaml.safe_load(study.storage.read_bytes("experiment.yaml"))
+    experiment["explain"] |= {"mask_share": 0.25, "superposition": "unit_sum"}
+    study.storage.write_bytes("experiment.yaml", yaml.safe_dump(experiment).encode())
+    write_report(study)
+    assert "with 25 % of the film masked" in page(study)
+    assert "source film, summed over the class" in page(study)
+
+
 def test_accuracy_is_what_the_predictions_say_and_lies_in_its_interval(reported: Reported):
     study, _ = reported
     rows = table(study, "accuracy")
