@@ -111,6 +111,12 @@ class Cohorts:
             }
         ).reset_index(drop=True)
 
+    @cached_property
+    def duplicates(self) -> pd.DataFrame:
+        """image_id and uri of the rows that are in no cohort because their image id stands in several rows."""
+        rows = self._films.loc[self._films["split"] == "unused", ["image_id", "uri"]]
+        return rows[rows["image_id"].duplicated(keep=False)].reset_index(drop=True)
+
     def _mixture(self, task: str, h1_share: int, cohort_seed: int, split: str) -> pd.DataFrame:
         draw = self._draws[task, cohort_seed]
         key = h1_share if (split, h1_share) in draw.orders else None
@@ -168,14 +174,17 @@ def build_cohorts(
 
 
 def read_tables(
-    sources: Mapping[str, Source], cohort: CohortSettings, storage: Storage
+    sources: Mapping[str, Source], cohort: CohortSettings, storage: Storage, drop_duplicates: bool = False
 ) -> tuple[SourceTable, SourceTable]:
-    """Read both sources, H1 first; no film may belong to both."""
+    """Read both sources, H1 first; no film may belong to both.
+
+    ``drop_duplicates``: rows whose image id stands in several rows are kept out of every cohort, not refused.
+    """
     if len(sources) != 2:
         raise StudyError(
             f"a study has exactly two sources, got {len(sources)}", where="sources", remedy="name H1 and H2"
         )
-    first, second = (read_source(name, source, cohort, storage) for name, source in sources.items())
+    first, second = (read_source(name, source, cohort, storage, drop_duplicates) for name, source in sources.items())
     shared = second.rows["uri"].isin(first.rows["uri"])
     if shared.any():
         raise StudyError(

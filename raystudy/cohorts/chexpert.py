@@ -15,7 +15,7 @@ from raystudy.cohorts.vocabulary import canonical_finding
 from raystudy.errors import StudyError
 from raystudy.storage import Storage, open_storage
 
-FOLDERS = ("", "CheXpert-v1.0-small/", "CheXpert-v1.0/")
+FOLDERS = ("", "CheXpert-v1.0-small", "CheXpert-v1.0")
 LABELS = (
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
     "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
@@ -26,7 +26,9 @@ _FILE = r"(?P<patient>patient[0-9]+)/study[0-9]+/view[0-9]+_(?:frontal|lateral)\
 _PATH = rf"[^/\\]+/(?P<original>(?:train|valid|test)/{_FILE})"
 
 
-def read_chexpert(name: str, source: ChexpertSource, cohort: CohortSettings) -> SourceTable:
+def read_chexpert(
+    name: str, source: ChexpertSource, cohort: CohortSettings, drop_duplicates: bool = False
+) -> SourceTable:
     """Read the rows of CheXpert.
 
     Raises
@@ -47,18 +49,24 @@ def read_chexpert(name: str, source: ChexpertSource, cohort: CohortSettings) -> 
     images = open_storage(source.images) if source.images else _folder(root, train)
     official = cohort.h2_test == "official_valid"
     parts = [_table(root, train, "train_val" if official else "")]
-    notes = [f"{len(parts[0])} rows of {root.address(train)}"]
+    where = root.address(train)
+    notes = [f"{len(parts[0])} rows of {where}"]
     if valid is not None:
         parts.append(_table(root, valid, "test" if official else "unused"))
         use = "the test split" if official else "not used (h2_test: holdout)"
         notes.append(f"{len(parts[1])} rows of {root.address(valid)}: {use}")
-    raw = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
-    return SourceTable(name, checked_rows(name, raw, images, root.address(train)), tuple(notes))
+        where += f", then {root.address(valid)}"  # rows are counted through both
+    raw = pd.concat(parts, ignore_index=True)
+    return SourceTable(name, checked_rows(name, raw, images, where, drop_duplicates), tuple(notes))
 
 
 def _first(root: Storage, table: str) -> str | None:
-    paths = (f"{folder}{table}{packed}" for folder in FOLDERS for packed in ("", ".gz"))
-    return next((path for path in paths if root.exists(path)), None)
+    for folder in FOLDERS:
+        there = root.stamps(folder)  # a listing tells a missing bucket from a missing file
+        for name in (table, f"{table}.gz"):
+            if name in there:
+                return "/".join(filter(None, (folder, name)))
+    return None
 
 
 def _folder(root: Storage, table: str) -> Storage:

@@ -49,7 +49,7 @@ _DAMAGE = (
 )  # fmt: skip
 
 
-def read_dicom(name: str, source: DicomSource) -> SourceTable:
+def read_dicom(name: str, source: DicomSource, drop_duplicates: bool = False) -> SourceTable:
     """Read the rows of a DICOM source.
 
     Raises
@@ -58,7 +58,8 @@ def read_dicom(name: str, source: DicomSource) -> SourceTable:
     """
     root = open_storage(source.root)
     raw, where = _folder_rows(root, source) if source.table is None else _table_rows(root, source.table, source)
-    return SourceTable(name, checked_rows(name, raw, root, where), (f"{len(raw)} DICOM files of {where}",))
+    rows = checked_rows(name, raw, root, where, drop_duplicates)
+    return SourceTable(name, rows, (f"{len(raw)} DICOM files of {where}",))
 
 
 def _folder_rows(root: Storage, source: DicomSource) -> tuple[pd.DataFrame, str]:
@@ -93,7 +94,7 @@ def _folder_rows(root: Storage, source: DicomSource) -> tuple[pd.DataFrame, str]
 def _table_rows(root: Storage, table: str, source: DicomSource) -> tuple[pd.DataFrame, str]:
     where, columns = root.address(table), source.columns
     wanted = [c for c in columns.model_dump().values() if c is not None]
-    frame = read_text_table(root, table, [*wanted, *source.finding_columns])
+    frame = read_text_table(root, table, [*wanted, *source.finding_columns], source.separator)
     files = frame[columns.file].str.replace(r"^(\./)+", "", regex=True)
     bad = ~path_stays_below(files)
     if bad.any():
@@ -190,7 +191,6 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
     StudyError : the extra, or the plug-in for this compression, is not installed.
     """
     _require_pydicom()
-    from pydicom import dcmread
     from pydicom.errors import BytesLengthException, InvalidDicomError
     from pydicom.pixels.decoders.base import get_decoder
 
@@ -199,7 +199,7 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
         warnings.simplefilter("ignore")
         try:
             _check_deflated(data, limit)
-            film = dcmread(io.BytesIO(data), specific_tags=PIXEL_FIELDS)
+            film = _read(data)
             _check_image(film, pixel_cap)
             syntax = film.file_meta.TransferSyntaxUID
             if syntax.is_encapsulated and not get_decoder(syntax).is_available:
@@ -212,6 +212,17 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
         except (*_DAMAGE, InvalidDicomError, BytesLengthException) as error:
             text = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"DICOM: {text}") from error
+
+
+def _read(data: bytes) -> Dataset:
+    from pydicom import dcmread
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "End of file reached")  # pydicom would go on without the data set
+        try:
+            return dcmread(io.BytesIO(data), specific_tags=PIXEL_FIELDS)
+        except UserWarning as warning:
+            raise ValueError("truncated: the file ends inside its data") from warning
 
 
 def _require_pydicom() -> None:

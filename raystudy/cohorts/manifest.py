@@ -26,7 +26,7 @@ from raystudy.errors import StudyError
 from raystudy.storage import open_storage
 
 
-def read_manifest(name: str, source: ManifestSource) -> SourceTable:
+def read_manifest(name: str, source: ManifestSource, drop_duplicates: bool = False) -> SourceTable:
     """Read the rows of one source.
 
     Raises
@@ -36,7 +36,7 @@ def read_manifest(name: str, source: ManifestSource) -> SourceTable:
     root, columns = open_storage(source.root), source.columns
     where = root.address(source.table)
     wanted = [c for c in columns.model_dump().values() if c is not None]
-    frame = read_text_table(root, source.table, [*wanted, *source.finding_columns, *source.where])
+    frame = read_text_table(root, source.table, [*wanted, *source.finding_columns, *source.where], source.separator)
     frame = _filtered(frame, source.where, where)
     masks = read_findings(
         frame, columns.findings, columns.uncertain, source.finding_columns, source.findings, source.separator, where
@@ -52,7 +52,7 @@ def read_manifest(name: str, source: ManifestSource) -> SourceTable:
             **masks,
         }
     )
-    return SourceTable(name, checked_rows(name, raw, root, where), (f"{len(raw)} rows of {where}",))
+    return SourceTable(name, checked_rows(name, raw, root, where, drop_duplicates), (f"{len(raw)} rows of {where}",))
 
 
 def _filtered(frame: pd.DataFrame, filters: Mapping[str, object], where: str) -> pd.DataFrame:

@@ -31,7 +31,7 @@ KAGGLE_LAST = (
 )  # fmt: skip
 
 
-def read_nih(name: str, source: NihSource, cohort: CohortSettings) -> SourceTable:
+def read_nih(name: str, source: NihSource, cohort: CohortSettings, drop_duplicates: bool = False) -> SourceTable:
     """Read the rows of NIH ChestX-ray14.
 
     Raises
@@ -62,14 +62,15 @@ def read_nih(name: str, source: NihSource, cohort: CohortSettings) -> SourceTabl
             "negated": 0,
         }
     )
-    rows = checked_rows(name, raw, images, where)
+    rows = checked_rows(name, raw, images, where, drop_duplicates)
     split = f"official lists {', '.join(LISTS.values())}" if source.official_lists else f"split {cohort.split}"
     return SourceTable(name, rows, (f"{len(rows)} rows of {where}", f"films: {tree}", split))
 
 
 def _first(root: Storage) -> str:
+    there = root.stamps()  # a listing tells a missing bucket from a missing file
     for table in TABLES:
-        if root.exists(table):
+        if table in there:
             return table
     raise StudyError(
         "there is no NIH table here", where=root.uri, remedy=f"put {' or '.join(TABLES)} here, or set `table`"

@@ -136,15 +136,19 @@ def _counted(films: pd.DataFrame, sources: tuple[str, str]) -> pd.DataFrame:
 
 
 def _kept_out(table: SourceTable, tasks: Mapping[str, TaskSettings], settings: CohortSettings) -> tuple[str, ...]:
-    """Tell what the rows hold that are in no cohort: CheXpert's official validation films under h2_test: holdout."""
-    rows = table.rows[table.rows["split"] == "unused"]
-    if rows.empty:
-        return ()
-    counts: list[str] = []
-    for name, task in tasks.items():
-        labels = label_rows(rows, task, table.name, settings)
-        counts.append(f"{name} {(labels == POSITIVE).sum()} positive, {(labels == NEGATIVE).sum()} negative")
-    return (f"the rows that are not used hold {'; '.join(counts)}",)
+    """Tell what is in no cohort: CheXpert's official validation films under h2_test: holdout; ids that repeat."""
+    unused = table.rows[table.rows["split"] == "unused"]
+    twice = unused["image_id"].duplicated(keep=False)
+    notes: list[str] = []
+    if not twice.all():
+        rows, counts = unused[~twice], list[str]()
+        for name, task in tasks.items():
+            labels = label_rows(rows, task, table.name, settings)
+            counts.append(f"{name} {(labels == POSITIVE).sum()} positive, {(labels == NEGATIVE).sum()} negative")
+        notes.append(f"the rows that are not used hold {'; '.join(counts)}")
+    if twice.any():
+        notes.append(f"{twice.sum()} rows whose image id stands in several rows are left out")
+    return tuple(notes)
 
 
 def _devices(tables: tuple[SourceTable, SourceTable], settings: CohortSettings) -> str:

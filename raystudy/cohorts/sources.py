@@ -15,27 +15,30 @@ from raystudy.cohorts.vocabulary import bits, canonical_finding
 from raystudy.storage import Storage
 
 
-def read_source(name: str, source: Source, cohort: CohortSettings, storage: Storage) -> SourceTable:
+def read_source(
+    name: str, source: Source, cohort: CohortSettings, storage: Storage, drop_duplicates: bool = False
+) -> SourceTable:
     """Read and check the rows of one source.
 
     Parameters
     ----------
     name : the source's key in the experiment file.
     storage : the root of the studies; phantoms' originals lie below it.
+    drop_duplicates : rows whose image id stands in several rows are kept out of every cohort, not refused.
 
     Raises
     ------
     StudyError : a table that cannot be read or rows that break a rule.
     """
     if isinstance(source, ManifestSource):
-        return read_manifest(name, source)
+        return read_manifest(name, source, drop_duplicates)
     if isinstance(source, PhantomSource):
         return _phantom(name, source, storage)
     if isinstance(source, NihSource):
-        return read_nih(name, source, cohort)
+        return read_nih(name, source, cohort, drop_duplicates)
     if isinstance(source, ChexpertSource):
-        return read_chexpert(name, source, cohort)
-    return read_dicom(name, source)
+        return read_chexpert(name, source, cohort, drop_duplicates)
+    return read_dicom(name, source, drop_duplicates)
 
 
 def _phantom(name: str, source: PhantomSource, storage: Storage) -> SourceTable:

@@ -57,8 +57,8 @@ class SourceTable:
     notes: tuple[str, ...] = field(default=())
 
 
-def read_text_table(storage: Storage, path: str, columns: Iterable[str]) -> pd.DataFrame:
-    """Read the named columns of a table as text; blank cells are empty strings.
+def read_text_table(storage: Storage, path: str, columns: Iterable[str], separator: str = "|") -> pd.DataFrame:
+    """Read the named columns of a table as text; blank cells are empty strings, lists are joined by ``separator``.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def read_text_table(storage: Storage, path: str, columns: Iterable[str]) -> pd.D
     wanted = list(dict.fromkeys(columns))
     stem = path.lower().removesuffix(".gz")
     if stem.endswith((".parquet", ".pq")):
-        return _parquet(data, wanted, where)
+        return _parquet(data, wanted, where, separator)
     return _csv(_unpacked(data, where), wanted, where, "\t" if stem.endswith(".tsv") else ",")
 
 
@@ -162,7 +162,7 @@ def _check_columns(names: list[str], wanted: list[str], where: str) -> None:
             )
 
 
-def _parquet(data: bytes, wanted: list[str], where: str) -> pd.DataFrame:
+def _parquet(data: bytes, wanted: list[str], where: str, separator: str) -> pd.DataFrame:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
         _check_columns(file.schema_arrow.names, wanted, where)
@@ -171,17 +171,20 @@ def _parquet(data: bytes, wanted: list[str], where: str) -> pd.DataFrame:
         raise StudyError(
             f"this cannot be read as Parquet: {str(error).splitlines()[0][:200]}", where=where, remedy="write it again"
         ) from None
-    frame = pd.DataFrame({name: _as_text(table.column(name), name, where) for name in wanted}, dtype="str")
+    frame = pd.DataFrame({name: _as_text(table.column(name), name, where, separator) for name in wanted}, dtype="str")
     return _stripped(frame)
 
 
-def _as_text(column: pyarrow.ChunkedArray, name: str, where: str) -> pd.Series:
+def _as_text(column: pyarrow.ChunkedArray, name: str, where: str, separator: str) -> pd.Series:
     kind = column.type
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-        column = pc.call_function("binary_join", [column.cast(pyarrow.list_(pyarrow.string())), pyarrow.scalar("|")])
-    elif pyarrow.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
     try:
+        if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+            lists = column.cast(pyarrow.list_(pyarrow.string())).combine_chunks()
+            # A null in a list would make the whole cell null.
+            lists = pyarrow.ListArray.from_arrays(lists.offsets, lists.values.fill_null(""), mask=lists.is_null())
+            column = pyarrow.chunked_array([pc.call_function("binary_join", [lists, pyarrow.scalar(separator)])])
+        elif pyarrow.types.is_dictionary(kind):
+            column = column.cast(kind.value_type)
         return column.cast(pyarrow.string()).fill_null("").to_pandas()
     except pyarrow.ArrowException:
         raise StudyError(
@@ -259,6 +262,10 @@ def _matches(texts: pd.Series, pattern: str) -> pd.Series:
     return pd.Series(found.to_numpy(zero_copy_only=False), index=texts.index)
 
 
+_ID_CHECKS = [
+    pa.Check(lambda c: c != "", error="the image id is blank"),
+    pa.Check(_plain, error="the image id holds invisible or decomposed characters"),
+]
 _RAW_ROWS = pa.DataFrameSchema(
     {
         "path": pa.Column(
@@ -267,8 +274,7 @@ _RAW_ROWS = pa.DataFrameSchema(
         "original": pa.Column(
             None,
             [
-                pa.Check(lambda c: c != "", error="the image id is blank"),
-                pa.Check(_plain, error="the image id holds invisible or decomposed characters"),
+                *_ID_CHECKS,
                 pa.Check(lambda c: ~c.duplicated(keep=False), error="the image id stands in several rows"),
             ],
         ),
@@ -302,7 +308,12 @@ _RAW_ROWS = pa.DataFrameSchema(
 )
 
 
-def checked_rows(name: str, raw: pd.DataFrame, folder: Storage, where: str) -> pd.DataFrame:
+_IDS_MAY_REPEAT = _RAW_ROWS.update_column("original", checks=_ID_CHECKS)
+
+
+def checked_rows(
+    name: str, raw: pd.DataFrame, folder: Storage, where: str, drop_duplicates: bool = False
+) -> pd.DataFrame:
     """Check raw rows and return them in canonical columns.
 
     Parameters
@@ -310,6 +321,7 @@ def checked_rows(name: str, raw: pd.DataFrame, folder: Storage, where: str) -> p
     name : the source's key.
     raw : columns path (below ``folder``), original (the image's own name), patient, view, split, found, uncertain,
         negated; the index is the row's place in the table.
+    drop_duplicates : all rows whose image id stands in several rows get the split ``unused``; else they are refused.
 
     Raises
     ------
@@ -320,11 +332,12 @@ def checked_rows(name: str, raw: pd.DataFrame, folder: Storage, where: str) -> p
             f"source {name}: the table has no rows", where=where, remedy="mend the table, or the `where` filter"
         )
     try:
-        _RAW_ROWS.validate(raw, lazy=True)
+        (_IDS_MAY_REPEAT if drop_duplicates else _RAW_ROWS).validate(raw, lazy=True)
     except pa.errors.SchemaErrors as error:
         raise StudyError(
             _described(error.failure_cases, raw), where=where, remedy="mend these rows, or leave them out"
         ) from None
+    raw = raw.assign(split=raw["split"].mask(raw["original"].duplicated(keep=False), "unused"))
     _check_given_splits(raw, where)
     root = open_storage(folder.uri).uri.rstrip("/") + "/"
     rows = pd.DataFrame(
@@ -339,7 +352,7 @@ def checked_rows(name: str, raw: pd.DataFrame, folder: Storage, where: str) -> p
             "split": raw["split"],
         }
     )
-    _check_uris(rows, where)
+    _check_uris(rows[~rows["image_id"].duplicated(keep=False)], where)
     return rows.sort_values("image_id", kind="stable").reset_index(drop=True)
 
 

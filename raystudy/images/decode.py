@@ -141,7 +141,10 @@ def _open_dicom(data: bytes, pixel_cap: int) -> Image.Image:
         raise Unreadable(error.what) from error
     except ValueError as error:
         text = str(error).removeprefix("DICOM: ")
-        raise Unreadable(text if text.startswith("decompression bomb") else f"damaged: {text}") from error
+        if text.startswith("decompression bomb"):
+            raise Unreadable(text) from error
+        short = "truncated" in text or "less than expected" in text
+        raise Unreadable(f"{'truncated' if short else 'damaged'}: {text.removeprefix('truncated: ')}") from error
     if min(samples.shape) < SMALLEST_SIDE:
         raise Unreadable(f"too small: {samples.shape[1]} × {samples.shape[0]}")
     if samples.dtype == np.uint16:

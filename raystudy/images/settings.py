@@ -12,7 +12,7 @@ class ImageSettings:
 
     ``resize``: ``squash`` to a square as published (aspect not kept) or ``letterbox``.  ``pixel_cap`` is checked on the
     header, before decoding.  ``unreadable``: ``fail`` stops the study with the quarantine list, ``drop`` leaves the
-    images out and repeats the have/need check.
+    images, and rows whose image id repeats, out and repeats the have/need check.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, never changed)

@@ -77,13 +77,17 @@ def plan_readable(experiment: Experiment, storage: Storage, shown: Display) -> S
     unusable: set[str] = set()
     while True:
         plan = plan_study(experiment, storage, unusable)
+        twice = plan.duplicates[~plan.duplicates["image_id"].isin(unusable)]  # told and quarantined once
         write_phantom_originals(experiment, plan.image_table, storage, shown)
         found: set[str] = set()
         for settings in dict.fromkeys(t.images for t in plan.trials):
-            found |= set(_prepare(plan.image_table, settings, storage, shown).quarantine["image_id"])
+            prepared = _prepare(pd.concat([plan.image_table, twice]), settings, storage, shown)
+            if len(prepared.quarantine):
+                found |= set(prepared.quarantine["image_id"])
+                where = storage.address(f"_images/{prepared.key}/quarantine.parquet")
+                shown.say(f"{_named(prepared.quarantine, 'cannot be used and are left out')}; listed in {where}")
         if not found:
             return plan
-        shown.say(f"{len(found)} images cannot be read and are left out")
         unusable |= found
 
 
@@ -99,10 +103,15 @@ def _check_quarantine(prepared: Prepared, settings: ImageSettings, storage: Stor
     bad = prepared.quarantine
     if bad.empty or settings.unreadable == "drop":
         return
-    first = [f"{row.image_id} ({row.reason})" for row in bad.head(5).itertuples()]
-    more = f", … and {len(bad) - 5} more" if len(bad) > 5 else ""
     raise StudyError(
-        f"{len(bad)} images cannot be used: {', '.join(first)}{more}",
+        _named(bad, "cannot be used"),
         where=storage.address(f"_images/{prepared.key}/quarantine.parquet"),
         remedy="mend or remove them, or leave them out with --set images.unreadable=drop",
     )
+
+
+def _named(bad: pd.DataFrame, what: str) -> str:
+    """Return how many films a quarantine holds and the first of them with their reasons."""
+    first = [f"{row.image_id} ({row.reason})" for row in bad.head(5).itertuples()]
+    more = f", … and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return f"{len(bad)} images {what}: {', '.join(first)}{more}"

@@ -83,6 +83,11 @@ class StudyPlan:
         table = pd.concat(tables).drop_duplicates("image_id") if len(tables) > 1 else tables[0]
         return table[table.image_id.isin(used)].reset_index(drop=True)
 
+    @property
+    def duplicates(self) -> pd.DataFrame:
+        """image_id and uri of rows that are in no trial because their image id stands in several rows."""
+        return max((arm.cohorts.duplicates for arm in self.arms), key=len)
+
     def as_json(self) -> dict[str, Any]:
         """Return plan.json."""
         return {
@@ -114,16 +119,17 @@ def plan_study(experiment: Experiment, storage: Storage, unusable: Collection[st
 def _arms(experiment: Experiment, storage: Storage, unusable: Collection[str]) -> list[Arm]:
     arms: list[Arm] = []
     built: dict[str, Cohorts] = {}
-    read: dict[tuple[str, str], tuple[SourceTable, SourceTable]] = {}
+    read: dict[tuple[str, str, bool], tuple[SourceTable, SourceTable]] = {}
     keys = list(experiment.axes)
     for values in itertools.product(*experiment.axes.values()):
         axes = dict(zip(keys, values, strict=True))
         variant = experiment.with_values(axes) if axes else experiment
-        cohort_key = digest(variant.cohort.model_dump(mode="json"))
+        drop = variant.images.unreadable == "drop"
+        cohort_key = digest([variant.cohort.model_dump(mode="json"), drop])
         if cohort_key not in built:
-            reading = (variant.cohort.h2_test, variant.cohort.split)  # what else is read of a source's tables
+            reading = (variant.cohort.h2_test, variant.cohort.split, drop)  # what else decides about a source's rows
             if reading not in read:
-                read[reading] = read_tables(variant.sources, variant.cohort, storage)
+                read[reading] = read_tables(variant.sources, variant.cohort, storage, drop)
             built[cohort_key] = build_cohorts(
                 sources=variant.sources,
                 tasks=variant.tasks,

@@ -4,13 +4,19 @@ import gzip
 from pathlib import Path
 
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from raystudy.cohorts.build import read_tables
 from raystudy.cohorts.manifest import read_manifest
+from raystudy.cohorts.planning import plan_cohorts
+from raystudy.cohorts.settings import CohortSettings
 from raystudy.cohorts.tables import SourceTable
 from raystudy.cohorts.vocabulary import names
 from raystudy.errors import StudyError
-from tests.cohorts.hospitals import COLUMNS, TASKS, build, films_of, manifest, shared, source
+from raystudy.storage import open_storage
+from tests.cohorts.hospitals import COLUMNS, TASKS, build, draw, films_of, manifest, shared, source
 
 
 def read(root: Path, table: str, **changes: object) -> SourceTable:
@@ -32,6 +38,28 @@ def test_csv_gzip_tsv_and_parquet_give_the_same_rows(tmp_path: Path, clean: Sour
     lists.to_parquet(tmp_path / "lists.parquet")
     for table in ("films.csv.gz", "films.tsv", "films.parquet", "lists.parquet"):
         pd.testing.assert_frame_equal(read(tmp_path, table).rows, clean.rows)
+
+
+def parquet(root: Path, column: str, values: pyarrow.Array) -> Path:
+    table = pyarrow.Table.from_pandas(films_of("a", len(values) // 2))
+    table = table.set_column(table.column_names.index(column), column, values)
+    pyarrow.parquet.write_table(table, root / "films.parquet")
+    return root
+
+
+def test_blanks_inside_a_list_of_findings_take_nothing_away(tmp_path: Path) -> None:
+    lists = [["Pneumonia", None], [None, "Edema", ""], [], None, [None], ["Mass", "Nodule"]]
+    found = read(parquet(tmp_path, "findings", pyarrow.array(lists)), "films.parquet", separator=";").rows["found"]
+    assert [names(m) for m in found] == [["pneumonia"], ["edema"], [], [], [], ["mass", "nodule"]]
+
+
+@pytest.mark.parametrize(
+    "values", [[{"label": "Mass"}], [[{"label": "Mass"}]], [[["Mass"]]], [b"\xff\xfe"]],
+    ids=["records", "lists of records", "lists of lists", "bytes"],
+)  # fmt: skip
+def test_columns_that_are_no_text_are_refused_by_name(tmp_path: Path, values: list[object]) -> None:
+    with pytest.raises(StudyError, match=r"the column 'findings' of type .* cannot be read as text"):
+        read(parquet(tmp_path, "findings", pyarrow.array(values * 4)), "films.parquet")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +129,36 @@ def test_rows_are_named_by_their_place_in_the_file_also_behind_a_filter(tmp_path
     films.to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(StudyError, match=r"1 rows fail: unknown findings 'Zopf' \(row 8: 'Zopf'\)"):
         read(tmp_path, "t.csv", where={"site": "2"})
+
+
+def test_rows_with_one_id_are_refused_or_kept_out_of_every_cohort(tmp_path: Path) -> None:
+    films = films_of("a")
+    films["name"] = [f"film {k}" for k in range(len(films))]
+    films.loc[[3, 17], "name"] = "film 8"
+    films.to_csv(tmp_path / "a.csv", index=False)
+    films_of("b").to_csv(tmp_path / "b.csv", index=False)
+    one = manifest(tmp_path, "a.csv", columns={**COLUMNS, "image_id": "name"})
+    sources = {"H1": one, "H2": manifest(tmp_path, "b.csv")}
+    with pytest.raises(StudyError, match=r"3 rows fail: the image id stands in several rows \(row 4: 'film 8'"):
+        build(sources)
+    tables = read_tables(sources, CohortSettings(), open_storage("nowhere"), drop_duplicates=True)
+    assert (tables[0].rows["image_id"] == "H1/film 8").sum() == 3
+    assert tables[0].rows.loc[tables[0].rows["split"] == "unused", "image_id"].unique().tolist() == ["H1/film 8"]
+    cohorts = draw(tables)
+    assert "H1/film 8" not in set(cohorts.table["image_id"])
+    assert cohorts.duplicates["image_id"].tolist() == ["H1/film 8"] * 3
+    assert cohorts.duplicates["uri"].nunique() == 3
+    plan = plan_cohorts(cohorts, TASKS, sources, CohortSettings())
+    assert plan.sources["H1"][-1] == "3 rows whose image id stands in several rows are left out"
+
+
+def test_rows_with_one_id_are_held_to_all_other_rules(tmp_path: Path) -> None:
+    films = pd.concat([films_of("a"), films_of("a")[:1]])
+    for column, value, message in (("patient", "nan", "patient id is blank"), ("file", "../x.png", "below its root")):
+        films.iloc[[0, -1], films.columns.get_loc(column)] = value
+        films.to_csv(tmp_path / "a.csv", index=False)
+        with pytest.raises(StudyError, match=message):
+            read_manifest("H1", manifest(tmp_path, "a.csv"), drop_duplicates=True)  # pyright: ignore
 
 
 def test_columns_without_a_name_do_no_harm(tmp_path: Path, clean: SourceTable) -> None:

@@ -39,6 +39,16 @@ def test_nih_films_in_a_bucket_are_found_by_base_name(tmp_path: Path, s3_bucket:
     assert table.rows["uri"].iloc[0] == f"{s3_bucket}/nih/films/00000001_000.png"
 
 
+@pytest.mark.parametrize("kind", ["nih", "chexpert", "dicom"])
+def test_a_missing_bucket_is_not_a_data_set_without_tables(kind: str, s3_bucket: str) -> None:
+    wrong = source(kind=kind, root="s3://no-such-bucket/films")
+    with pytest.raises(StudyError, match="no bucket 'no-such-bucket'"):
+        read_source("H1", wrong, CohortSettings(), open_storage("nowhere"))
+    empty = source(kind=kind, root=f"{s3_bucket}/films")
+    with pytest.raises(StudyError, match=r"there (is|are) no"):
+        read_source("H1", empty, CohortSettings(), open_storage("nowhere"))
+
+
 def test_dicom_headers_are_read_from_a_bucket(s3_bucket: str) -> None:
     dicom = pytest.importorskip("tests.cohorts.test_dicom", reason="the extra raystudy[dicom] is not installed")
     bucket = open_storage(s3_bucket).child("dicom")

@@ -7,7 +7,13 @@ import io
 import numpy as np
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    RLELossless,
+    generate_uid,
+)
 
 from raystudy.images.decode import Unreadable, decode_film
 from raystudy.images.settings import ImageSettings
@@ -17,7 +23,7 @@ from tests.images.films import encoded, film
 SETTINGS = ImageSettings(size=48)
 
 
-def dicom(samples: np.ndarray, **fields: object) -> bytes:
+def dicom(samples: np.ndarray, compress: str = "", deflated: bool = False, **fields: object) -> bytes:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid()
@@ -30,6 +36,10 @@ def dicom(samples: np.ndarray, **fields: object) -> bytes:
     data.PixelData = samples.tobytes()
     for name, value in fields.items():
         setattr(data, name, value)
+    if deflated:
+        meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    if compress:
+        data.compress(compress)
     sink = io.BytesIO()
     data.save_as(sink, enforce_file_format=True)
     return sink.getvalue()
@@ -48,8 +58,12 @@ def test_a_dicom_film_looks_like_the_same_film_as_png() -> None:
 
 def test_a_dicom_film_is_refused_by_the_same_rules() -> None:
     picture = film(stream(3, "films"), 96, 80)
+    compressed = dicom(picture, compress=RLELossless)
+    deflated = dicom(picture, deflated=True)
     for data, name, reason in (
-        (dicom(picture)[:-500], "a.dcm", "damaged"),
+        (dicom(picture)[:-500], "a.dcm", "truncated: "),
+        (compressed[:-500], "a.dcm", "truncated: "),
+        (deflated[:-500], "a.dcm", "truncated: "),
         (dicom(picture), "a.png", "wrong extension"),
         (dicom(picture, Rows=60000, Columns=60000), "a.dcm", "decompression bomb"),
         (dicom(picture[:8]), "a.dcm", "too small: 96 × 8"),

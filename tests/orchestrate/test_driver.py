@@ -1,13 +1,16 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from raystudy.errors import StudyError
@@ -69,6 +72,19 @@ def test_plain_loop_and_ray_one_at_a_time_and_three_at_a_time_leave_the_same_byt
         assert (outcome.trained, outcome.explained, outcome.failures) == (3, 6, {})
         assert tiny.result_bytes(place) == plain
         shutil.rmtree(place / "tiny")
+
+
+def test_films_streamed_from_a_file_of_the_node_leave_the_same_bytes(
+    films: Path, plain: dict[str, bytes], place: Path
+) -> None:
+    node = Path(tempfile.gettempdir()) / f"raystudy-films-{os.getuid()}"
+    before = {path: path.stat().st_mtime_ns for path in node.glob("squash32-*.u8")}
+    outcome = run_tiny(films, place, ["images.node_memory_share=1e-9", "mixtures=[50]"])
+    assert (outcome.trained, outcome.explained, outcome.failures) == (1, 2, {})
+    assert {path: path.stat().st_mtime_ns for path in node.glob("squash32-*.u8")} != before
+    streamed = tiny.result_bytes(place)
+    assert tiny.kinds(streamed)["result.json"] == 1
+    assert streamed == {name: plain[name] for name in streamed}
 
 
 def test_a_seed_more_runs_exactly_the_missing_trials(films: Path, place: Path) -> None:
@@ -167,11 +183,22 @@ def test_films_that_cannot_be_read_are_named_or_left_out(tmp_path: Path, ray_loc
     with pytest.raises(StudyError, match=r"1 images cannot be used: H"):
         run_study(plan, root, work=works.null, executor="plain")
 
+    table = pd.read_csv(films / "table.csv")
+    twice = f"H1/{table['file'][9]}"
+    pd.concat([table, table[9:10]]).to_csv(films / "table.csv", index=False)
+    with pytest.raises(StudyError, match="the image id stands in several rows"):
+        planned(films, tmp_path / "studies")
     experiment = tiny.experiment(films, tmp_path / "studies", ["images.unreadable=drop"])
     said = Said()
     readable = plan_readable(experiment, root, said)
-    assert said.lines == ["1 images cannot be read and are left out"]
-    assert all(row["image_id"] not in set(t.cohort["image_id"]) for t in readable.trials)
+    (line,) = said.lines
+    assert line.startswith("3 images cannot be used and are left out: ")
+    assert f"{row['image_id']} (not an image)" in line
+    (listed,) = re.findall(r"; listed in (\S+quarantine\.parquet)$", line)
+    reasons = pd.read_parquet(listed).groupby("image_id")["reason"].agg(list).to_dict()
+    assert reasons == {row["image_id"]: ["not an image"], twice: ["duplicated id"] * 2}
+    for trial in readable.trials:
+        assert not {row["image_id"], twice} & {*trial.cohort["image_id"], *trial.tests["image_id"]}
     assert run_study(readable, root, work=works.null, executor="plain").trained == 3
 
 
