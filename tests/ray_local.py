@@ -24,7 +24,7 @@ def ray_local(s3_environment: S3Server) -> Iterator[None]:
         import ray
 
         ray.init(
-            address="local",  # never a Ray that somebody else runs here
+            address="local",  # whatever else runs on this machine
             num_cpus=2,
             num_gpus=1,
             include_dashboard=False,

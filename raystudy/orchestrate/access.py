@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import ray
+from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from raystudy.errors import StudyError
@@ -29,6 +30,17 @@ def token() -> str | None:
         return os.environ["RAY_AUTH_TOKEN"].strip()
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     return path.read_text().strip() if path.is_file() else None
+
+
+def use_token(where: str) -> None:
+    """Let Ray send our token to a cluster that asks for one."""
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        raise StudyError(
+            f"RAY_AUTH_MODE is {os.environ['RAY_AUTH_MODE']} here, and this cluster asks for a token",
+            where=where,
+            remedy="unset RAY_AUTH_MODE",
+        )
+    Config.initialize("")  # Ray read its environment when it was imported
 
 
 def is_loopback(host: str | None) -> bool:
@@ -71,7 +83,7 @@ def refuse_open(host: str | None, where: str) -> None:
 
 
 def check_head(address: str) -> str:
-    """Ask a head for its Ray version, without our token and with it; return the version.
+    """Ask a head for its Ray version, without our token and with it, which Ray sends from then on; return the version.
 
     Parameters
     ----------
@@ -94,6 +106,7 @@ def check_head(address: str) -> str:
             version = _version(channel, own, where)
             if version is None:
                 raise wrong_token(where)
+            use_token(where)
     check_ray_version(version, where)
     return version
 

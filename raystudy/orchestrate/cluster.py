@@ -41,6 +41,7 @@ def run_on_ray(run: Run, resources: Resources, session: Session) -> None:
         session.explain_slots > 0,
         resources.max_failures,
         run.stop,
+        may_grow=not session.local,
     )
     for trial, job in run.todo.explanations:
         explainer.add(_explain_job(run, trial, job))
@@ -109,12 +110,15 @@ def _queued(run: Run, trial: PlannedTrial) -> Queued:
 def placement_of(resources: Resources, session: Session) -> Placement:
     """Return what a trial occupies on this Ray.
 
-    Where the cluster has no ``explain`` resource, CPUs are left free for explanation tasks.
+    Where the cluster has no ``explain`` resource, CPUs are left free for explanation tasks; not where it has no room
+    for a trial either, as its machines are yet to come.
     """
     limit = resources.max_concurrent
     if not session.explain_slots and not resources.gpus:
-        room = max(1, int((session.cpus - resources.explain_cpus) // resources.cpus))
-        limit = min(limit, room) if limit else room
+        room = int((session.cpus - resources.explain_cpus) // resources.cpus)
+        if room > 0 or session.local:
+            room = max(1, room)
+            limit = min(limit, room) if limit else room
     return Placement(
         resources.cpus,
         resources.gpus,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from ray.util.state import list_nodes
 
 from raystudy.errors import StudyError
-from raystudy.orchestrate.access import check_ray_version, missing_token, refuse_open, token, wrong_token
+from raystudy.orchestrate.access import check_ray_version, missing_token, refuse_open, token, use_token, wrong_token
 
 
 def check_dashboard(address: str) -> str:
@@ -36,6 +38,7 @@ def check_dashboard(address: str) -> str:
         answer = _get(url, address, {"Authorization": f"Bearer {own}"})
         if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
             raise wrong_token(address)
+        use_token(address)
     try:
         version = str(answer.json()["ray_version"])
     except (ValueError, KeyError, TypeError):
@@ -43,9 +46,23 @@ def check_dashboard(address: str) -> str:
             f"this is no Ray dashboard (HTTP {answer.status_code})", where=address, remedy="http://HEAD:8265"
         ) from None
     check_ray_version(version, address)
-    if token() is not None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     return version
+
+
+def cluster_is_here(address: str) -> bool:
+    """Whether every machine of a cluster is this one; its dashboard at loopback may be the end of a tunnel."""
+    nodes: list[Any] = list_nodes(address=address, filters=[("state", "=", "ALIVE")])
+    return all(_is_own(node.node_ip) for node in nodes)
+
+
+def _is_own(ip: str) -> bool:
+    """Whether an address is one of this machine's."""
+    with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
+        try:
+            probe.bind((ip, 0))
+        except OSError:
+            return False
+    return True
 
 
 def _get(url: str, address: str, headers: dict[str, str]) -> requests.Response:

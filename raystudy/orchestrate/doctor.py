@@ -6,13 +6,14 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import torch
 from rich.console import Console
 
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
-from raystudy.orchestrate.access import check_ray_version, installed_ray
+from raystudy.orchestrate.access import check_ray_version, installed_ray, is_loopback
 from raystudy.orchestrate.dashboard import check_dashboard
 from raystudy.orchestrate.session import check_address
 from raystudy.storage import open_storage
@@ -29,7 +30,7 @@ def examine(experiment: Experiment | None, address: str | None) -> int:
         checks += [
             ("storage", lambda: _storage(experiment)),
             ("study directory", lambda: _study(experiment)),
-            ("MLflow", lambda: _mlflow(experiment)),
+            ("MLflow", lambda: _mlflow(experiment, address)),
         ]
     if address is not None:
         checks.append(("cluster", lambda: _cluster(address)))
@@ -77,13 +78,15 @@ def _study(experiment: Experiment) -> str:
     return ", ".join(f"{n} {state}" for state, n in counts.items() if n) or "no trials"
 
 
-def _mlflow(experiment: Experiment) -> str:
+def _mlflow(experiment: Experiment, address: str | None) -> str:
     if not experiment.tracking.enabled:
         return "switched off"
     from raystudy.tracking import check_server
 
-    check_server(experiment.tracking.uri)
-    return experiment.tracking.uri
+    uri = experiment.tracking.uri
+    of_the_head = address is not None and is_loopback(urlsplit(uri).hostname)  # where the job will run
+    check_server(uri, must_answer=not of_the_head)
+    return f"{uri} on the cluster's head" if of_the_head else uri
 
 
 def _cluster(address: str) -> str:

@@ -1,7 +1,8 @@
 """Explanations of finished trials as named Ray tasks, beside the trials that still run.
 
 A task takes a slot of the small ``explain`` resource and no CPU of the trials'; while trials run only some of the slots
-are used.  What failed is recorded beside the job's files, reported at the end, and tried again by the next run.
+are used.  A cluster's slots are counted again and again: its machines may join when the study has begun.  What failed
+is recorded beside the job's files, reported at the end, and tried again by the next run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from raystudy.orchestrate.session import EXPLAIN
 from raystudy.orchestrate.slot import is_final
 from raystudy.orchestrate.worker import explain
 from raystudy.study import Study
+
+LOOK_SECONDS = 10.0  # between two looks at how many slots a cluster has
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Explainer:
     images : key -> reference of the shared ImageArray.
     slots : tasks at a time once no trial runs; half of them, at least one, before.
     own_resource : the cluster has the ``explain`` resource; otherwise a task takes ``cpus``.
+    may_grow : other machines may join; both are looked up again now and then.
     """
 
     study: Study
@@ -74,6 +78,8 @@ class Explainer:
     own_resource: bool = True
     max_failures: int = 3
     stopping: Callable[[], bool] = lambda: False
+    may_grow: bool = False
+    _looked: float = field(default_factory=time.monotonic)
     _waiting: deque[tuple[ExplainJob, int]] = field(default_factory=deque)
     _running: dict[Any, tuple[ExplainJob, int]] = field(default_factory=dict)
 
@@ -91,6 +97,7 @@ class Explainer:
 
     def poll(self, trials_running: bool) -> list[ExplainNews]:
         """Collect what has ended and launch what fits."""
+        self._look_for_slots()
         news = self._collect()
         if self.stopping():
             news += [ExplainNews(job, "interrupted") for job, _ in self._waiting]
@@ -100,6 +107,14 @@ class Explainer:
             job, attempt = self._waiting.popleft()
             self._running[self._launch(job, attempt)] = (job, attempt)
         return news
+
+    def _look_for_slots(self) -> None:
+        if not self.may_grow or time.monotonic() < self._looked + LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        found = int(ray.cluster_resources().get(EXPLAIN, 0))
+        if found:  # where all machines with slots have gone, a task that waits for one brings them back
+            self.slots, self.own_resource = found, True
 
     def _collect(self) -> list[ExplainNews]:
         if not self._running:

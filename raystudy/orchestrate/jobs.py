@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -21,9 +22,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import raystudy
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
-from raystudy.orchestrate.access import check_ray_version, installed_ray, is_loopback
+from raystudy.orchestrate.access import check_ray_version, installed_ray
 from raystudy.orchestrate.assignment import write_stop
-from raystudy.orchestrate.dashboard import check_dashboard
+from raystudy.orchestrate.dashboard import check_dashboard, cluster_is_here
 from raystudy.orchestrate.session import NO_SECRETS
 from raystudy.study import Study
 
@@ -38,14 +39,15 @@ def submit(experiment: Experiment, address: str, *, follow: bool = True) -> int:
     StudyError : address, token or version; local paths that a remote cluster would not see.
     """
     check_ray_version(installed_ray(), "this machine")
-    if not is_loopback(urlsplit(address).hostname) or not Path(experiment.storage).exists():
-        _refuse_local_paths(experiment, address)
     check_dashboard(address)
+    here = cluster_is_here(address)
+    if not here:
+        _refuse_local_paths(experiment, address)
     with tempfile.TemporaryDirectory() as scratch:
         package = _package(experiment, Path(scratch))
         client = JobSubmissionClient(address)
         job = client.submit_job(
-            entrypoint="python -m raystudy.cli run experiment.yaml",
+            entrypoint=_entrypoint(here),
             submission_id=f"raystudy-{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
             runtime_env={
                 "working_dir": str(package / "work"),
@@ -64,6 +66,13 @@ def submit(experiment: Experiment, address: str, *, follow: bool = True) -> int:
     status = client.get_job_status(job)
     print(f"{job}: {status.value}")
     return 0 if status == JobStatus.SUCCEEDED else 1
+
+
+def _entrypoint(here: bool) -> str:
+    """Return the job's command; on this machine relative paths mean what they mean in this folder."""
+    if not here:
+        return "python -m raystudy.cli run experiment.yaml"
+    return f'cd {shlex.quote(os.getcwd())} && python -m raystudy.cli run "$OLDPWD/experiment.yaml"'
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> None:
@@ -106,6 +115,7 @@ def _refuse_local_paths(experiment: Experiment, address: str) -> None:
         )
     if urlsplit(experiment.tracking.uri).scheme.startswith("sqlite") and experiment.tracking.enabled:
         print("note: tracking.uri is a sqlite file; it will lie on the cluster's head, in the job's folder")
+        print("  the MLflow server of cluster.yaml: --set tracking.uri=http://127.0.0.1:5000")
 
 
 def stop(experiment: Experiment) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 
 import raystudy
 from raystudy.errors import StudyError
@@ -33,6 +32,7 @@ from raystudy.orchestrate.access import (
     is_open,
     refuse_open,
     token,
+    use_token,
 )
 
 EXPLAIN = "explain"  # the resource that explanation tasks take
@@ -173,15 +173,8 @@ def check_address(address: str) -> None:
         ) from error
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("0", "false"):  # with TLS only Ray knows the certificates
         check_head(address)
-        if os.environ.get("RAY_AUTH_MODE") == "disabled" and not is_open(address):
-            raise StudyError(
-                "RAY_AUTH_MODE is disabled here, and this cluster asks for a token",
-                where=where,
-                remedy="unset RAY_AUTH_MODE",
-            )
-    if "RAY_AUTH_MODE" not in os.environ and token() is not None:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        Config.initialize("")  # Ray read its environment when it was imported
+    elif token() is not None:
+        use_token(where)
 
 
 def _refuse_open() -> None:

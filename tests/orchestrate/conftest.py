@@ -12,6 +12,7 @@ from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.progress import Silent
 from raystudy.storage import open_storage
 from tests.orchestrate import tiny
+from tests.orchestrate.private_space import space  # noqa: F401
 
 
 @pytest.fixture(scope="session")
