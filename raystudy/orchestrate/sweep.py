@@ -186,6 +186,7 @@ class Sweep:
         slot = tune.with_resources(
             tune.with_parameters(TrialSlot, shared=shared), tune.PlacementGroupFactory(bundles, strategy="PACK")
         )
+        slot.__qualname__ = slot.__name__ = TrialSlot.__name__  # as the Ray dashboard shows it
         searcher = self.searcher or PlanSearcher(self.waiting, self.stopping)
         tuner = tune.Tuner(
             slot,

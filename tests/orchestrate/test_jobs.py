@@ -1,0 +1,210 @@
+"""`raystudy submit` and `stop` against a real head in namespaces of its own: the job outlives its client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raystudy.config import Resources, load_experiment
+from raystudy.errors import StudyError
+from raystudy.orchestrate import jobs
+from raystudy.orchestrate.cluster import placement_of
+from raystudy.orchestrate.session import Session
+from raystudy.study import Study
+from tests.orchestrate import tiny
+from tests.orchestrate.private_space import ADDRESS, BIN, GATE, Space, needs_a_space, wait_for
+
+HERE, FROM_ELSEWHERE = "http://127.0.0.1:8265", f"http://{GATE}:8265"
+TASKS = """
+import json, ray
+from ray.util.state import list_actors, list_tasks
+ray.init("auto", logging_level=40)
+print(json.dumps([[t.name for t in list_tasks(limit=1000)], [[a.class_name, a.name] for a in list_actors()]]))
+"""
+
+
+@pytest.fixture
+def long_study(space: Space) -> Path:
+    """An experiment whose trials take long enough to be stopped, with paths from the current folder on."""
+    training = {
+        "epochs": 40, "warm_epochs": 1, "projection_interval": 20, "last_layer_epochs": 2, "batch_size": 8,
+        "schedule": "constant", "lr_backbone": 1e-3,
+    }  # fmt: skip
+    path = tiny.experiment_file(
+        space.home / "films", "studies", training=training, resources={"cpus": 0.5, "explain_cpus": 1}
+    )
+    path.write_text(path.read_text().replace(str(space.home / "films"), "films"))
+    return path
+
+
+def job_names(space: Space) -> list[str]:
+    listed = space.run(BIN / "ray", "job", "list", "--address", HERE, RAY_AUTH_MODE="token")
+    assert listed.returncode == 0, listed.stderr
+    return sorted(set(re.findall(r"raystudy-tiny-[\w-]+", listed.stdout)))
+
+
+def status(space: Space, experiment: Path) -> dict[str, Any]:
+    shown = space.raystudy("status", experiment, "--json")
+    return json.loads(shown.stdout) if shown.returncode == 0 else {"trials": [], "driver": None}
+
+
+def epochs(space: Space, experiment: Path) -> dict[str, int]:
+    return {t["trial_id"]: t["epoch"] for t in status(space, experiment)["trials"]}
+
+
+@needs_a_space
+def test_local_paths_are_refused_for_a_cluster_elsewhere(space: Space, long_study: Path) -> None:
+    before = job_names(space)
+    for more, refused in (
+        ([], "storage is the local path 'studies'"),
+        (["--set", "storage=s3://bucket/studies"], "sources.H1.root is the local path 'films'"),
+    ):
+        done = space.raystudy("submit", long_study, "--address", FROM_ELSEWHERE, *more, elsewhere=True)
+        assert done.returncode == 2
+        assert refused in done.stderr
+        assert "=s3://bucket/path" in done.stderr
+    assert job_names(space) == before
+
+
+@needs_a_space
+def test_an_mlflow_on_the_heads_loopback_is_not_expected_here(space: Space, long_study: Path) -> None:
+    tracking = ("--set", "tracking.enabled=true", "--set", "tracking.uri=http://127.0.0.1:9")
+    done = space.raystudy("doctor", long_study, *tracking)
+    assert (done.returncode, "MLflow does not answer" in done.stdout) == (2, True)
+    done = space.raystudy("doctor", long_study, *tracking, "--address", HERE)
+    assert (done.returncode, "on the cluster's head" in done.stdout) == (0, True), done.stdout
+
+
+@needs_a_space
+def test_a_study_that_nobody_runs_cannot_be_stopped(space: Space, long_study: Path) -> None:
+    done = space.raystudy("stop", long_study, "--set", "name=nobody")
+    assert (done.returncode, "there is no study here" in done.stderr) == (2, True)
+
+
+@needs_a_space
+def test_a_job_outlives_its_client_is_stopped_with_checkpoints_and_goes_on(
+    space: Space, long_study: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        client = subprocess.Popen(
+            space.command(BIN / "raystudy", "submit", long_study, "--address", HERE),
+            env=space.environment(PYTHONUNBUFFERED="1"), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            cwd=space.home,
+        )  # fmt: skip
+
+    def followed() -> bool:
+        assert client.poll() is None, log.read_text()
+        return "3 of 3 trials to run" in log.read_text()
+
+    wait_for("the job's log at the client", followed, 240)
+    client.send_signal(signal.SIGKILL)
+    client.wait(30)
+    assert "it goes on when this terminal ends" in log.read_text()
+    wait_for("two running trials", lambda: sum(e > 1 for e in epochs(space, long_study).values()) >= 2, 240)
+
+    ids = list(epochs(space, long_study))
+    titles = space.run("ps", "-eo", "args=").stdout.splitlines()
+    stages = re.compile(rf"ray::({'|'.join(ids)}) \w+ \d+/40")
+    assert len({m[1] for line in titles if (m := stages.match(line))}) == 2, titles
+    tasks, actors = json.loads(space.run(BIN / "python", "-c", TASKS, RAY_AUTH_MODE="token").stdout.splitlines()[-1])
+    assert len({*ids} & {*tasks}) == 2
+    assert "TrialSlot" in {kind for kind, _ in actors}, actors
+
+    assert space.raystudy("stop", long_study).returncode == 0
+    wait_for("the driver's end", lambda: status(space, long_study)["driver"] is None, 120)
+    study = Study.at(str(space.home / "studies"), "tiny")
+    states = [t["state"] for t in status(space, long_study)["trials"]]
+    assert sorted(states) == ["interrupted", "interrupted", "waiting"]
+    for trial_id in ids:
+        names = [e["event"] for e in study.trial(trial_id).read_events("events")]
+        assert names == [] or names[-2:] == ["checkpoint", "interrupted"]
+    done = space.raystudy("stop", long_study)
+    assert (done.returncode, "nobody runs this study" in done.stderr) == (2, True)
+
+    done = space.raystudy("submit", long_study, "--address", HERE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SUCCEEDED" in done.stdout
+    assert "finished" in done.stdout, "the log is followed to its end"
+    assert [t["state"] for t in status(space, long_study)["trials"]] == ["finished"] * 3
+    events = [[e["event"] for e in study.trial(t).read_events("events")] for t in ids]
+    assert sum("resumed" in names for names in events) == 2
+    assert len(job_names(space)) == 2
+
+
+SLOTS = """
+import subprocess, sys, time, ray
+from pathlib import Path
+from raystudy.orchestrate import explain
+from raystudy.study import Study
+ray.init("auto", logging_level=40)
+explain.LOOK_SECONDS = 0
+now = int(ray.cluster_resources().get("explain", 0))
+fixed, grows = (explain.Explainer(Study.at(".", "x"), {}, now, 1, own_resource=now > 0, may_grow=m) for m in (0, 1))
+for explainer in (fixed, grows):
+    explainer.poll(trials_running=True)
+    assert (explainer.slots, explainer.own_resource) == (0, False)
+join = [Path(sys.executable).parent / "ray", "start", sys.argv[1], "--resources", '{"explain": 2}']
+subprocess.run([*join, "--num-cpus=0", "--object-store-memory=100000000"], check=True, stdout=sys.stderr)
+until = time.monotonic() + 60
+while grows.slots == 0 and time.monotonic() < until:
+    time.sleep(0.5)
+    for explainer in (fixed, grows):
+        explainer.poll(trials_running=True)
+print(fixed.slots, fixed.own_resource, grows.slots, grows.own_resource)
+"""
+
+
+@needs_a_space
+def test_explanations_take_the_slots_of_machines_that_join_later(space: Space) -> None:
+    done = space.run(BIN / "python", "-c", SLOTS, f"--address={ADDRESS}:6379", RAY_AUTH_MODE="token")
+    assert done.stdout.splitlines()[-1:] == ["0 False 2 True"], done.stderr[-2000:]
+
+
+def test_a_cluster_whose_machines_are_yet_to_come_is_not_held_to_one_trial_at_a_time() -> None:
+    def at_a_time(cpus: float, local: bool) -> int | None:
+        session = Session(local, cpus=cpus, gpus=0, explain_slots=0, dashboard=None)
+        return placement_of(Resources(cpus=2, max_concurrent=None), session).max_concurrent
+
+    assert at_a_time(0, local=False) is None
+    assert at_a_time(9, local=False) == 4
+    assert at_a_time(2, local=True) == 1
+
+
+def test_a_package_is_small_and_all_that_a_job_needs(tmp_path: Path) -> None:
+    file = tiny.experiment_file(tmp_path, tmp_path / "studies")
+    experiment = load_experiment(file, ["training.epochs=7"])
+    scratch = tmp_path / "package"
+    scratch.mkdir()
+    package = jobs._package(experiment, scratch)
+    names = [str(p.relative_to(package)) for p in package.rglob("*") if p.is_file()]
+    assert not any("__pycache__" in n or "tests" in n for n in names)
+    assert sum((package / n).stat().st_size for n in names) < 800_000
+    assert yaml.safe_load((package / "work" / "experiment.yaml").read_text())["training"]["epochs"] == 7
+    alone = {**os.environ, "PYTHONPATH": str(package)}
+    where = "import raystudy; print(raystudy.__file__)"
+    for command, said in (
+        (["-c", where], str(package)),
+        (["-m", "raystudy.cli", "plan", "experiment.yaml"], "3 trials"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=package / "work", env=alone, capture_output=True, text=True, timeout=120,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+
+
+def test_a_package_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "LARGEST_PACKAGE", 100_000)
+    with pytest.raises(StudyError, match="more than 100,000"):
+        jobs._package(tiny.experiment(tmp_path, tmp_path / "studies"), tmp_path)
