@@ -23,9 +23,9 @@ from raystudy.explanation_faithfulness import (
     Masks,
     PairMaker,
     balanced_order,
+    faithfulness_test_set,
     mask_share_table,
     pairs_table,
-    test_set_of,
 )
 from raystudy.explanation_prototypes import PrototypeJob, Sources, make_explainer
 from raystudy.explanation_settings import ExplainSettings
@@ -152,7 +152,7 @@ def _faithfulness(
     masks: Masks | None,
     chunk: int,
 ) -> dict[str, Any]:
-    test_set = test_set_of(spec.h1_share)
+    test_set = faithfulness_test_set(spec.h1_share)
     available = tests[tests["test_set"] == test_set]
     if not len(available):
         raise ValueError(f"AD/AI at {spec.h1_share} % needs the test set {test_set}, which has no images")

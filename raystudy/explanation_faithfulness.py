@@ -61,14 +61,11 @@ MASK_SHARE_SCHEMA = pa.schema(
 )
 
 
-def test_set_of(h1_share: int) -> str:
+def faithfulness_test_set(h1_share: int) -> str:
     """Return the test set of AD/AI: the paper's three models, extended to all mixtures."""
     if h1_share < 50:
         return "Test-100H2"
     return "Test-50-50" if h1_share == 50 else "Test-100H1"
-
-
-test_set_of.__test__ = False  # type: ignore[attr-defined]  # the name begins as a test's
 
 
 def balanced_order(tests: pd.DataFrame, study_seed: int, task: str) -> pd.DataFrame:

@@ -20,7 +20,7 @@ import torch
 
 from raystudy.evaluate.faithfulness import METHODS, average_drop, average_increase, summarise
 from raystudy.explanation import JOBS, explain_trial, explained, job_directory
-from raystudy.explanation_faithfulness import balanced_order, look, masked_scores, positive_share, test_set_of
+from raystudy.explanation_faithfulness import balanced_order, faithfulness_test_set, look, masked_scores, positive_share
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.protopnet import ProtoPNet
@@ -223,11 +223,11 @@ def test_settings_that_a_job_does_not_read_share_its_directory() -> None:
     assert job_directory("prototypes", base) != job_directory("prototypes", dataclasses.replace(base, top_k=9))
     assert job_directory("faithfulness", base) != job_directory("faithfulness", dataclasses.replace(base, l2_power=4))
     with pytest.raises(ValueError, match="job must be one of"):
-        job_directory("magic", base)  # type: ignore[arg-type]
+        job_directory("magic", base)
 
 
 def test_test_set_of_ad_and_ai_follows_the_share() -> None:
-    assert [test_set_of(x) for x in (0, 49, 50, 51, 100)] == [
+    assert [faithfulness_test_set(x) for x in (0, 49, 50, 51, 100)] == [
         *("Test-100H2", "Test-100H2", "Test-50-50", "Test-100H1", "Test-100H1")
     ]
 

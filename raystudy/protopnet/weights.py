@@ -57,6 +57,7 @@ def start_from_weights(model: ProtoPNet, settings: ModelSettings) -> str:
         promised = path.stem.rsplit("-", 1)[-1]
         if not sha256.startswith(promised):
             raise StudyError("the file does not match the checksum in its name", where=str(path), remedy=remedy)
+        # torchvision publishes this file as a pickle: the checksum is its name's, and weights_only runs no code of it.
         loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     else:
         try:

@@ -106,15 +106,19 @@ def fuse(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> Co
     return Conv(fused, shift.to(dtype), _square(conv.stride, "stride"), _square(conv.padding, "padding"))
 
 
+def _fused(parent: nn.Module, conv: str, norm: str, dtype: torch.dtype) -> Conv:
+    return fuse(cast(nn.Conv2d, parent.get_submodule(conv)), cast(nn.BatchNorm2d, parent.get_submodule(norm)), dtype)
+
+
 def _block(stage: str, block: nn.Module, dtype: torch.dtype) -> Block:
     convs: list[Conv] = []
     for i in (1, 2, 3):
         if hasattr(block, f"conv{i}"):
-            convs.append(fuse(block.get_submodule(f"conv{i}"), block.get_submodule(f"bn{i}"), dtype))  # type: ignore[arg-type]
+            convs.append(_fused(block, f"conv{i}", f"bn{i}", dtype))
     downsample = getattr(block, "downsample", None)
     shortcut = None
     if downsample is not None:
-        shortcut = fuse(cast(nn.Conv2d, downsample[0]), cast(nn.BatchNorm2d, downsample[1]), dtype)
+        shortcut = _fused(downsample, "0", "1", dtype)
     return Block(stage, tuple(convs), shortcut)
 
 
@@ -170,7 +174,7 @@ def canonise(model: nn.Module, dtype: torch.dtype = torch.float32) -> Network:
             if isinstance(getattr(backbone, stage, None), nn.Sequential)
             for block in backbone.get_submodule(stage).children()
         ]
-        stem = fuse(backbone.get_submodule("conv1"), backbone.get_submodule("bn1"), dtype)  # type: ignore[arg-type]
+        stem = _fused(backbone, "conv1", "bn1", dtype)
         pool = cast(nn.MaxPool2d, backbone.get_submodule("maxpool"))
         sizes = [_square(v, "the max pool") for v in (pool.kernel_size, pool.stride, pool.padding)]
         prototypes = cast(Tensor, model.get_parameter("prototypes")).detach().flatten(1).to(dtype, copy=True)

@@ -49,7 +49,7 @@ def run_tiny(
     films: Path, storage: Path, overrides: list[str] | None = None, work: Work | None = None, **more: object
 ) -> Outcome:
     plan, root = planned(films, storage, overrides)
-    return run_study(plan, root, work=work, **more)  # type: ignore[arg-type]
+    return run_study(plan, root, work=work, **more)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def search(films: Path, storage: Path, overrides: list[str] | None = None, execu
     experiment = tiny.experiment(films, storage, overrides, search=SEARCH)
     root = open_storage(storage)
     plan = plan_study(search_experiment(experiment), root)
-    return run_study(plan, root, executor=executor, work=works.learn)  # type: ignore[arg-type]
+    return run_study(plan, root, executor=executor, work=works.learn)
 
 
 def book(films: Path, storage: Path, overrides: list[str] | None = None) -> SearchBook:

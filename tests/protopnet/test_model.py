@@ -13,7 +13,7 @@ from raystudy.torchvision_shim import models
 
 def small(**settings: object) -> ProtoPNet:
     given = {"backbone": "resnet18", "prototypes_per_class": 3, "prototype_dim": 8, "backbone_layers": 2, **settings}
-    return ProtoPNet(**given).eval()  # type: ignore[arg-type]
+    return ProtoPNet(**given).eval()
 
 
 def pictures(n: int = 2, height: int = 64, width: int = 64) -> Tensor:

@@ -89,7 +89,7 @@ def test_shards_merge_to_the_same_sources_in_any_order(cuts: set[int], order: ob
     whole = nearest_patches(model, z, LABELS)
     edges = [0, *sorted(cuts), N]
     shards = [nearest_patches(model, z[a:b], LABELS[a:b], first_image=a) for a, b in itertools.pairwise(edges)]
-    order.shuffle(shards)  # type: ignore[attr-defined]
+    order.shuffle(shards)
     merged = shards[0]
     for shard in shards[1:]:
         merged = merge_patches(merged, shard)

@@ -149,7 +149,7 @@ def test_rates_of_an_epoch_reach_the_optimizer_by_group() -> None:
 @pytest.mark.parametrize("bn", ["frozen", "published"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_trains_its_parameters_in_its_mode(stage: Stage, bn: str) -> None:
-    settings = TrainingSettings(last_layer_bn=bn)  # type: ignore[arg-type]
+    settings = TrainingSettings(last_layer_bn=bn)
     model = network()
     set_stage(model, stage, settings)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -194,7 +194,7 @@ def distances(model: ProtoPNet) -> Tensor:
 
 @pytest.mark.parametrize(("bn", "same"), [("frozen", True), ("published", False)])
 def test_distances_outlast_the_last_layer_stage_only_with_frozen_batch_norm(bn: str, same: bool) -> None:
-    settings = TrainingSettings(last_layer_bn=bn, lr_last_layer=0.1)  # type: ignore[arg-type]
+    settings = TrainingSettings(last_layer_bn=bn, lr_last_layer=0.1)
     model = network()
     train(model, "joint", settings)  # running statistics that are not yet settled
     before, weight = distances(model), model.last_layer.weight.detach().clone()

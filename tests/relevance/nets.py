@@ -40,7 +40,7 @@ def narrow(net: ProtoPNet, width: int) -> None:
 
     def cut(conv: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:
         bias = conv.bias is not None
-        return nn.Conv2d(inputs, outputs, conv.kernel_size, conv.stride, conv.padding, bias=bias)  # type: ignore[arg-type]
+        return nn.Conv2d(inputs, outputs, conv.kernel_size, conv.stride, conv.padding, bias=bias)
 
     backbone: Any = net.backbone
     backbone.conv1, backbone.bn1 = cut(backbone.conv1, 3, width), nn.BatchNorm2d(width)
@@ -51,7 +51,7 @@ def narrow(net: ProtoPNet, width: int) -> None:
                 setattr(block, f"bn{i}", nn.BatchNorm2d(width))
             if block.downsample is not None:
                 block.downsample = nn.Sequential(cut(block.downsample[0], width, width), nn.BatchNorm2d(width))
-    net.add_on[0] = cut(net.add_on[0], width, net.prototype_dim)  # type: ignore[arg-type]
+    net.add_on[0] = cut(net.add_on[0], width, net.prototype_dim)
 
 
 def random_images(n: int, size: int | tuple[int, int] = 64, seed: int = 0) -> Tensor:

@@ -92,8 +92,8 @@ def start(patch: Tensor, prototype: Tensor, power: int = 2, eps: float = 1e-12) 
 
 
 def _bn(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()  # type: ignore[union-attr]
-    return scale.view(-1, 1, 1, 1), norm.bias.double() - norm.running_mean.double() * scale  # type: ignore[operator]
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale.view(-1, 1, 1, 1), norm.bias.double() - norm.running_mean.double() * scale
 
 
 class SlowPRP:

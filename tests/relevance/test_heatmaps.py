@@ -46,7 +46,7 @@ def test_bilinear_upsampling_by_hand() -> None:
 def test_upsampling_keeps_leading_dimensions_and_refuses_other_modes() -> None:
     assert upsample_activation(torch.zeros(2, 5, 7, 6), (20, 30)).shape == (2, 5, 20, 30)
     with pytest.raises(ValueError, match="cubic or bilinear"):
-        upsample_activation(torch.zeros(2, 2), (4, 4), "nearest")  # type: ignore[arg-type]
+        upsample_activation(torch.zeros(2, 2), (4, 4), "nearest")
 
 
 def test_scaling_reaches_the_ends_and_survives_constant_maps() -> None:

@@ -41,7 +41,7 @@ def test_maps_equal_the_slow_oracle(
     prototypes = torch.tensor([[0, 2 * per_class - 1]])
     slow = SlowPRP(net, power, RULE_SETS[rule].gammas)
     for precision, tolerance in (("float64", 1e-9), ("float32", 1e-3)):
-        result = prototype_relevance(net, images, prototypes, rule, power, precision=precision)  # type: ignore[arg-type]
+        result = prototype_relevance(net, images, prototypes, rule, power, precision=precision)
         for k, j in enumerate(prototypes[0].tolist()):
             pixels, features, cell, score = slow(images[0], j)
             assert tuple(result.cells[0, k].tolist()) == cell
@@ -169,11 +169,11 @@ def test_explaining_changes_nothing(precision: str) -> None:
         parameter.requires_grad_(i % 2 == 0)
     kept = images.clone()
     before, twin = state_of(net), copy.deepcopy(net)
-    generators = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr]  # noqa: NPY002
+    generators = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     switches = torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()
-    prototype_relevance(net, images, torch.tensor([[0], [1]]), precision=precision)  # type: ignore[arg-type]
+    prototype_relevance(net, images, torch.tensor([[0], [1]]), precision=precision)
     after = state_of(net)
-    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])  # type: ignore[index, attr-defined]
+    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
     assert before[1:] == after[1:]
     assert torch.equal(images, kept)
     assert torch.equal(generators[0], torch.get_rng_state())
@@ -264,7 +264,7 @@ def test_bad_input_is_refused_with_the_rule(images: torch.Tensor, prototypes: to
 )
 def test_unknown_settings_are_refused(setting: dict[str, object], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
-        prototype_relevance(random_net(), random_images(1), one(), **setting)  # type: ignore[arg-type]
+        prototype_relevance(random_net(), random_images(1), one(), **setting)
 
 
 def test_a_model_in_training_mode_is_refused() -> None:
@@ -277,7 +277,7 @@ def test_a_model_in_training_mode_is_refused() -> None:
 def test_nan_weights_and_infinite_activations_are_refused() -> None:
     net = random_net()
     with torch.no_grad():
-        net.add_on[0].bias[1] = float("nan")  # type: ignore[index]
+        net.add_on[0].bias[1] = float("nan")
     with pytest.raises(ValueError, match=r"add_on\.0\.bias holds a NaN"):
         prototype_relevance(net, random_images(1), one())
     net = random_net()
