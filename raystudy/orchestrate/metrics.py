@@ -2,11 +2,12 @@
 
 The driver alone exports them, from the study directory's events, so that no series ends with the worker that wrote it.
 Everything exists from the start with the value 0; Ray's own counter cannot say 0, so the counts (``…_total``) are
-gauges that only grow.
+gauges that only grow.  Ray forgets a gauge that nobody sets for a while, so all are set again now and then.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter as Tally
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.util.metrics import Gauge
 
 from raystudy.study import STATES
 
+REFRESH_SECONDS = 2.0
 _PER_TRIAL = ("study", "trial_id", "task", "h1_share")
 
 
@@ -45,31 +47,44 @@ class StudyMetrics:
         self._quarantined = Gauge("raystudy_quarantined_images", "Images that cannot be read.", ("study",))
         self._images = Gauge("raystudy_images", "Images of the study.", ("study",))
         self._live: dict[str, dict[str, str]] = {}
+        self._last: dict[tuple[str, str], tuple[Gauge, float, dict[str, str]]] = {}
+        self._refreshed = time.monotonic()
         for state in STATES:
-            self._trials.set(0, {**self._study, "state": state})
+            self._set(self._trials, 0, {**self._study, "state": state})
         for gauge in (self._queue, self._quarantined, self._images):
-            gauge.set(0, self._study)
-        self._sums: dict[tuple[str, str], float] = {}
+            self._set(gauge, 0, self._study)
         for counter in (self._checkpoint_seconds, self._checkpoints, self._retries):
             self._add(counter, 0)
         for state in ("finished", "failed"):
             self._add(self._explained, 0, state=state)
 
     def _add(self, counter: Gauge, value: float, **tags: str) -> None:
-        key = counter.info["name"], str(tags)
-        self._sums[key] = self._sums.get(key, 0.0) + value
-        counter.set(self._sums[key], {**self._study, **tags})
+        tags = {**self._study, **tags}
+        _, before, _ = self._last.get(_series(counter, tags), (counter, 0.0, tags))
+        self._set(counter, before + value, tags)
+
+    def _set(self, gauge: Gauge, value: float, tags: dict[str, str]) -> None:
+        gauge.set(value, tags)
+        self._last[_series(gauge, tags)] = gauge, value, tags
+
+    def refresh(self) -> None:
+        """Set every gauge again, when it is time."""
+        now = time.monotonic()
+        if now - self._refreshed >= REFRESH_SECONDS:
+            self._refreshed = now
+            for gauge, value, tags in self._last.values():
+                gauge.set(value, tags)
 
     def states(self, states: Tally[str]) -> None:
         for state in STATES:
-            self._trials.set(states[state], {**self._study, "state": state})
+            self._set(self._trials, states[state], {**self._study, "state": state})
 
     def images(self, n: int, quarantined: int) -> None:
-        self._images.set(n, self._study)
-        self._quarantined.set(quarantined, self._study)
+        self._set(self._images, n, self._study)
+        self._set(self._quarantined, quarantined, self._study)
 
     def queue(self, n: int) -> None:
-        self._queue.set(n, self._study)
+        self._set(self._queue, n, self._study)
 
     def explained(self, state: str) -> None:
         self._add(self._explained, 1, state=state)
@@ -89,7 +104,7 @@ class StudyMetrics:
         }
         for key, gauge in gauges.items():
             if event.get(key) is not None:
-                gauge.set(float(event[key]), tags)
+                self._set(gauge, float(event[key]), tags)
         if event.get("event") == "checkpoint":
             self._add(self._checkpoints, 1)
             self._add(self._checkpoint_seconds, max(0.0, float(event.get("seconds", 0))))
@@ -97,14 +112,18 @@ class StudyMetrics:
     def silence(self, trial_id: str, seconds: float) -> None:
         """Say how long ago a running trial wrote its last event."""
         if trial_id in self._live:
-            self._event_age.set(seconds, self._live[trial_id])
+            self._set(self._event_age, seconds, self._live[trial_id])
 
     def ended(self, trial_id: str, tests: dict[str, Any]) -> None:
         """A trial ended; `tests` of its result.json."""
         tags = self._live.get(trial_id)
         if tags is None:
             return
-        self._speed.set(0, tags)
-        self._event_age.set(0, tags)
+        self._set(self._speed, 0, tags)
+        self._set(self._event_age, 0, tags)
         for test_set, found in tests.items():
-            self._accuracy.set(float(found["accuracy"]), {**tags, "test_set": test_set})
+            self._set(self._accuracy, float(found["accuracy"]), {**tags, "test_set": test_set})
+
+
+def _series(gauge: Gauge, tags: dict[str, str]) -> tuple[str, str]:
+    return str(gauge.info["name"]), str(sorted(tags.items()))

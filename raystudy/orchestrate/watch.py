@@ -99,6 +99,7 @@ class Watch:
         self.shown.running({**lines, **dict.fromkeys(self.explain_running, "0/1 explaining")})
         if self.metrics:
             self.metrics.queue(explain_queue)
+            self.metrics.refresh()
 
     def _count_events(self, trial_id: str) -> int:
         try:
