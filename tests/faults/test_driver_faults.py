@@ -1,0 +1,130 @@
+"""The driver, or the Ray below it, may die at any moment: the next `raystudy run` ends with the same bytes."""
+
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raystudy.results import damaged_files
+from raystudy.storage import open_storage
+from raystudy.streams import stream
+from tests.faults.conftest import Tally, Undisturbed
+from tests.faults.processes import Driver, driver, wait_until
+
+ONE = ("--set", "mixtures=[50]")  # one trial and its two explanations
+
+
+def progress(study: Path) -> int:
+    """Return how far a study is: files and events, whichever they are."""
+    n = 0
+    for folder, _, names in os.walk(study):
+        n += len(names)
+        if "events" in names:
+            n += (Path(folder) / "events").read_bytes().count(b"\n")
+    return n
+
+
+def moment(study: Path) -> str:
+    """Name what a driver was about when it died."""
+    place = open_storage(study)
+    names = place.list()
+    n_trials = len({n.split("/")[1] for n in names if n.startswith("trials/")})
+    results = sum(n.endswith("/result.json") for n in names)
+    done = sum(n.endswith("/done.json") for n in names)
+    if "lock.json" not in names:
+        return "before the lock"
+    if not any(n.endswith("/events") for n in names):
+        return "preparation"
+    if results < n_trials:
+        events = [e for n in names if n.endswith("/events") for e in place.read_events(n)]
+        return str(max(events, key=lambda e: e["time"])["stage"])
+    return "explanation" if done < 2 * n_trials else "report"
+
+
+def wait_for_a_moment(started: Driver, study: Path, whole: int, draw: np.random.Generator) -> None:
+    """Wait until somewhere on a driver's way: a share of its files and events, or the seconds of its start."""
+    if draw.random() < 0.2:
+        time.sleep(float(draw.uniform(0, 4)))
+        return
+    aim = int(draw.integers(min(progress(study), whole - 1), whole))
+    wait_until(lambda: progress(study) >= aim, started)
+    time.sleep(float(draw.uniform(0, 0.3)))
+
+
+def strike(started: Driver, how: str) -> bool:
+    """Let a driver meet with an accident; return False when it was done before."""
+    if not started.alive:
+        return False
+    if how == "driver":
+        started.kill()
+        return True
+    if how == "raylet":
+        raylet = started.one("/raylet")
+        if raylet is not None:
+            os.kill(raylet, signal.SIGKILL)
+        return started.end()[0] != 0  # it ends by itself
+    started.process.send_signal(signal.SIGTERM)
+    try:
+        code, out = started.end(10)  # the grace that schedulers give
+    except subprocess.TimeoutExpired:
+        started.kill()
+        return True
+    assert code in (0, 130, signal.SIGTERM, -signal.SIGTERM), out  # the last two: before it listens
+    return code != 0
+
+
+def strike_drivers(undisturbed: Undisturbed, folder: Path, accidents: list[str], seed: int, *options: str) -> str:
+    """Let drivers meet with accidents, a new study after each end; every end must be the same bytes."""
+    draw, moments, studies = stream(seed, "driver accidents"), Counter[str](), 0
+    n_trials = 1 if options else 3
+    whole = progress(undisturbed.root / "tiny") * n_trials // 3
+    waiting = list(accidents)
+    while waiting:
+        studies += 1
+        storage = undisturbed.place(folder / f"{studies}")
+        struck = True
+        while struck and waiting:
+            with driver(undisturbed.file, storage, *options) as started:
+                wait_for_a_moment(started, storage / "tiny", whole, draw)
+                struck = strike(started, waiting[0])
+                if struck:
+                    moments[f"{waiting.pop(0)} at {moment(storage / 'tiny')}"] += 1
+                if draw.random() < 0.5:  # the other half of the drivers meet what the last one left behind
+                    started.wait_until_gone()
+        with driver(undisturbed.file, storage, *options) as last:
+            code, out = last.end()
+            assert code == 0, out
+            last.wait_until_gone()
+        undisturbed.assert_same(storage, n_trials)
+        study = open_storage(storage / "tiny")
+        assert not damaged_files(study, "report.json")  # a driver that died in its report has one that is whole
+        assert study.exists("report/tables/accuracy.csv")
+        assert not (storage / "tiny" / "lock.json").exists()
+    return f"{moments.total()} accidents ({dict(sorted(moments.items()))}), {studies} studies, identical"
+
+
+def test_a_driver_that_dies_leaves_a_study_that_ends_with_the_same_bytes(
+    undisturbed: Undisturbed, tmp_path: Path, tally: Tally
+) -> None:
+    tally(strike_drivers(undisturbed, tmp_path, ["driver", "SIGTERM"], 3, *ONE))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", range(2))
+def test_fifty_killed_drivers_change_no_byte(part: int, undisturbed: Undisturbed, tmp_path: Path, tally: Tally) -> None:
+    tally(strike_drivers(undisturbed, tmp_path, ["driver"] * 25, 10 + part, *ONE))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("how", ["raylet", "SIGTERM"])
+def test_dead_raylets_and_terminated_drivers_change_no_byte(
+    how: str, undisturbed: Undisturbed, tmp_path: Path, tally: Tally
+) -> None:
+    tally(strike_drivers(undisturbed, tmp_path, [how] * 6, 20, *ONE))
