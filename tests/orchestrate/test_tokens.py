@@ -1,0 +1,67 @@
+"""Real Ray heads with and without a token, on addresses that are no loopback: who may enter is checked first."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tests.orchestrate import tiny
+from tests.orchestrate.guarded_cluster import GUARDED, OPEN, TOKEN
+from tests.orchestrate.verbs import ROOT, Answer, Command, refused
+
+NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child")
+CLUSTERS = {
+    "no token": ({}, GUARDED, "there is no token for this cluster here"),
+    "wrong token": ({"RAY_AUTH_TOKEN": TOKEN[::-1]}, GUARDED, "the token is wrong"),
+    "nobody is asked": ({}, OPEN, "asks nobody for a token"),
+    "nobody is asked, token here": ({"RAY_AUTH_TOKEN": TOKEN}, OPEN, "asks nobody for a token"),
+    "authentication off here": ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": TOKEN}, GUARDED, "RAY_AUTH_MODE"),
+}
+
+
+def on_cluster(file: Path, verb: str, address: str, environment: dict[str, str]) -> Command:
+    where = f"{address}:6379" if verb in ("run", "doctor of a head") else f"http://{address}:8265"
+    storage = str(file.parent / os.urandom(4).hex())  # they all run at once
+    return Command([verb.split(" ", maxsplit=1)[0], str(file), "--storage", storage, "--address", where], environment)
+
+
+def namespace_is_allowed() -> bool:
+    if any(shutil.which(tool) is None for tool in ("unshare", "ip")):
+        return False
+    up = [*NAMESPACE, "ip", "link", "set", "lo", "up"]
+    return subprocess.run(up, check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not namespace_is_allowed(), reason="needs a network namespace of its own (root, unshare, ip)")
+def test_tokens_of_real_clusters_are_checked_before_anything_is_sent_there(tmp_path: Path) -> None:
+    file = tiny.experiment_file(tmp_path, tmp_path / "studies")
+    verbs = ("run", "doctor of a head", "doctor")
+    right = {("right token", verb): on_cluster(file, verb, GUARDED, {"RAY_AUTH_TOKEN": TOKEN}) for verb in verbs[1:]}
+    commands = {(name, verb): on_cluster(file, verb, c[1], c[0]) for name, c in CLUSTERS.items() for verb in verbs}
+    del commands["authentication off here", "doctor"]  # the dashboard is asked with the token all the same
+    guarded = {pair: c for pair, c in commands.items() if CLUSTERS[pair[0]][1] == GUARDED} | right
+    unguarded = {pair: c for pair, c in commands.items() if pair not in guarded}
+    folder = Path(tempfile.mkdtemp(prefix="raystudy-"))  # Ray's socket names must be short
+    typed = {GUARDED: [asdict(c) for c in guarded.values()], OPEN: [asdict(c) for c in unguarded.values()]}
+    quiet = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [*NAMESPACE, sys.executable, "-m", "tests.orchestrate.guarded_cluster", str(folder)],
+        cwd=ROOT, input=json.dumps(typed), capture_output=True, text=True, check=False, timeout=240, env=quiet,
+    )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [Answer(**answer) for answers in json.loads(done.stdout) for answer in answers]
+    for (name, verb), answer in zip([*guarded, *unguarded], said, strict=True):
+        if name == "right token":
+            assert answer.code == 0, answer
+            assert "token accepted" in answer.said
+        else:
+            assert refused(answer, CLUSTERS[name][2]), (name, verb, answer)
