@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-MODULES = ("relevance_speed", "training_speed", "adai_speed", "images_speed")
+MODULES = ("relevance_speed", "training_speed", "adai_speed", "images_speed", "service_speed")
 
 
 def main() -> None:
