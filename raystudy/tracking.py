@@ -237,8 +237,7 @@ class Store:
                 explained = plan.get("explain", {}).get(trial_id, {}).get("faithfulness")
                 self._sync_trial(trial_id, files.get(trial_id, set()), explained)
             if final:
-                done = all("result.json" in files.get(t, ()) for t in plan["trials"])
-                self._sync_study("FINISHED" if done else "RUNNING")
+                self._sync_study(_study_status([files.get(t, set()) for t in plan["trials"]]))
         finally:
             if json.dumps(self.sent, sort_keys=True) != before:
                 self.study.storage.write_json(_cursor_path(self.settings), self.sent)
@@ -366,6 +365,14 @@ def _run_status(names: set[str], last_event: str) -> str:
     if "failed.json" in names:
         return "FAILED"
     return "KILLED" if last_event == "interrupted" else "RUNNING"
+
+
+def _study_status(trials: list[set[str]]) -> str:
+    """Return the status of a study whose trials have these files: failed when nothing but failures is left of it."""
+    ended = [names & {"result.json", "stopped.json", "failed.json"} for names in trials]
+    if not all(ended):
+        return "RUNNING"
+    return "FAILED" if any(names == {"failed.json"} for names in ended) else "FINISHED"
 
 
 def _written(directory: Storage, path: str) -> int:

@@ -144,6 +144,30 @@ def test_an_interrupted_trial_is_shown_as_killed_and_goes_on_as_running(
         assert run.info.status == status
 
 
+def test_a_study_with_failed_trials_alone_left_is_shown_as_failed_until_they_are_done(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study = tiny_study.copy(tmp_path)
+    directory = study.trial(study.trial_ids()[0])
+    result = directory.read_bytes("result.json")
+
+    def status() -> str:
+        mirror_all(study, sqlite)
+        (run,) = [r for r in runs(sqlite.uri, "tiny") if not r.data.tags.get("raystudy.trial_id")]
+        return run.info.status
+
+    directory.delete("result.json")
+    assert status() == "RUNNING"
+    directory.write_json("failed.json", {"error": "killed", "attempts": 1})
+    assert status() == "FAILED"
+    directory.delete("failed.json")
+    directory.write_json("stopped.json", {})  # by a search
+    assert status() == "FINISHED"
+    directory.delete("stopped.json")
+    directory.write_bytes("result.json", result)
+    assert status() == "FINISHED"
+
+
 def test_no_patient_and_no_film_reaches_the_store(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
     study = tiny_study.copy(tmp_path / "studies")
     words = (PATIENT, FILM)

@@ -177,7 +177,7 @@ def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, ad
     shown = run.shown
     with connect(address) as session:
         if session.dashboard and executor == "ray":
-            shown.say(f"Ray dashboard: {session.dashboard}")
+            shown.say(f"Ray dashboard: {session.dashboard}   (where it asks for a token: ray get-auth-token)")
         write_phantom_originals(plan.experiment, plan.image_table, storage, shown)
         involved = plan.trials if run.book is not None or run.todo.films else run.todo.involved
         run.films = prepare_films(involved, plan.image_table, storage, shown)
