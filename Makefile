@@ -18,6 +18,7 @@ $(VENV)/test-installed: pyproject.toml
 
 demo: $(VENV)/demo-installed
 	$(QUIET_SERVICES) $(BIN)/raystudy run experiments/demo.yaml
+	@echo "raystudy, mlflow and ray in your shell: . $(BIN)/activate"
 
 check: $(VENV)/test-installed
 	$(BIN)/ruff check .

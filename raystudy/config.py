@@ -9,6 +9,7 @@ sees the whole tree.
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raystudy.cohorts.settings import CohortSettings, Source, TaskSettings
-from raystudy.config_text import ExperimentText, did_you_mean, parse_yaml, set_key
+from raystudy.config_text import ExperimentText, did_you_mean, in_plain_words, parse_yaml, set_key
 from raystudy.errors import StudyError
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.settings import ImageSettings
@@ -72,6 +73,13 @@ class SearchRange(_Strict):
         if self.choice is not None and not self.choice:
             raise ValueError("choice must not be empty")
         return self
+
+    def examples(self) -> list[Json]:
+        """Return every choice, or both bounds and a value between them that is no whole number."""
+        if self.choice is not None:
+            return list(self.choice)
+        low, high = self.uniform or self.loguniform or (0.0, 1.0)
+        return [low, high, low + (high - low) / math.pi]
 
 
 class Search(_Strict):
@@ -221,16 +229,22 @@ def load_experiment(path: str | Path, overrides: tuple[str, ...] | list[str] = (
     for key, values in experiment.axes.items():
         met: list[Experiment] = []
         for value in values:
-            try:
-                met.append(experiment.with_values({key: value}))
-            except ValidationError as error:
-                problem = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-                raise StudyError(
-                    f"axes.{key}: {problem}, got {json.dumps(value)}", where=source.place(["axes", key])
-                ) from None
+            met.append(_try_value(experiment, source, ["axes", key], value))
             if met[-1] in met[:-1]:
                 raise StudyError(
                     f"axes.{key}: values must not repeat, got {json.dumps(value)} again",
                     where=source.place(["axes", key]),
                 )
+    for key, searched in experiment.search.space.items() if experiment.search else ():
+        for value in searched.examples():
+            _try_value(experiment, source, ["search", "space", key], value)
     return experiment
+
+
+def _try_value(experiment: Experiment, source: ExperimentText, keys: list[str], value: Json) -> Experiment:
+    """Return the experiment with one value of an axis or of a search; refuse a value that its setting cannot have."""
+    try:
+        return experiment.with_values({keys[-1]: value})
+    except ValidationError as error:
+        problem = in_plain_words(dict(error.errors(include_url=False)[0]))
+        raise StudyError(f"{'.'.join(keys)}: {problem}, got {json.dumps(value)}", where=source.place(keys)) from None

@@ -22,6 +22,7 @@ from raystudy.errors import StudyError
 
 MOST_VALUES = 100_000  # of an experiment file, aliases written out
 MOST_PROBLEMS = 8  # told at once
+NO_TEXT = object()  # in place of the value of a key that is none
 
 
 class _Loader(yaml.SafeLoader):
@@ -104,7 +105,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     ------
     ValueError : a branch is a value, not a section.
     """
-    *branches, leaf = key.split(".")
+    *branches, leaf = _branches(key)
     for branch in branches:
         child = tree.get(branch)
         if child is None:
@@ -113,6 +114,14 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
             raise ValueError(f"{branch!r} in {key!r} is a value, not a section")
         tree = child
     tree[leaf] = value
+
+
+def _branches(key: str) -> list[str]:
+    """Split a dotted key; what stands below ``axes`` and ``search.space`` is a dotted key itself."""
+    for head in ("axes.", "search.space."):
+        if key.startswith(head):
+            return [*head.removesuffix(".").split("."), key.removeprefix(head)]
+    return key.split(".")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -139,9 +148,9 @@ class ExperimentText:
         if override:
             return f"--set {override}"
         line = self._line(keys)
-        if line:
-            return f"{self.path}:{line}"
         override = next((g for g in sorted(self.given) if dotted and g.startswith(f"{dotted[0]}.")), None)
+        if line:
+            return f"{self.path}:{line}" + (f" with --set {override}" if override else "")
         return f"--set {override}" if override else str(self.path)
 
     def _line(self, keys: list[Any]) -> int | None:
@@ -164,6 +173,12 @@ class ExperimentText:
         for keys, value in _leaves(self.tree, []):
             if isinstance(value, str | bool | int | None) or (isinstance(value, float) and math.isfinite(value)):
                 continue
+            if value is NO_TEXT:
+                raise StudyError(
+                    f"{'.'.join(map(str, keys[:-1])) or '(top level)'}: the key {keys[-1]!r} is no text",
+                    where=self.place(keys),
+                    remedy="write the name of a setting, or put the key in quotes",
+                )
             raise StudyError(
                 f"{'.'.join(map(str, keys))}: {value!r} is no text, number, true/false, null, list or mapping",
                 where=self.place(keys),
@@ -172,7 +187,7 @@ class ExperimentText:
 
     def explain(self, error: ValidationError, root: type) -> str:
         """Return what is wrong with the file, a paragraph a problem."""
-        problems = error.errors(include_url=False, include_context=False)
+        problems = error.errors(include_url=False)
         problems = [p for p in problems if p["type"] != "default_factory_not_called"]  # follows from another
         lines = [self._explain_one(dict(problem), root) for problem in problems[:MOST_PROBLEMS]]
         if len(problems) > len(lines):
@@ -181,13 +196,16 @@ class ExperimentText:
 
     def _explain_one(self, problem: dict[str, Any], root: type) -> str:
         keys = _keys_in_file(problem["loc"], self.tree)
-        kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+        kind, message = problem["type"], in_plain_words(problem)
         if not keys and kind == "value_error":  # a rule about the whole begins with the key it is about
             about = re.match(r"[\w.]+(?=: )", message)
             return f"{self.place(about.group().split('.') if about else [])}: {message}"
         start = f"{self.place(keys)}: {'.'.join(map(str, keys)) or '(top level)'}"
         if kind in ("extra_forbidden", "unexpected_keyword_argument"):
             return f"{start}: unknown key{did_you_mean(str(keys[-1]), _known_keys(root, keys[:-1], self.tree))}"
+        if kind == "missing" and isinstance(keys[-1], int):  # of a list of a fixed length
+            start = start.removesuffix(f".{keys[-1]}")
+            return f"{start}: value {keys[-1] + 1} of this list is missing\n  remedy: give every value of the list"
         if kind in ("missing", "missing_argument"):
             return f"{start}: this key is required\n  remedy: add `{keys[-1]}:`"
         if kind == "union_tag_not_found":
@@ -200,11 +218,23 @@ class ExperimentText:
         return f"{start}: {message}{shown[:200]}{remedy}"
 
 
+def in_plain_words(problem: dict[str, Any]) -> str:
+    """Return pydantic's message in the words of somebody who writes YAML."""
+    context = problem.get("ctx", {})
+    if problem["type"] in ("too_long", "too_short"):
+        most = problem["type"] == "too_long"
+        return f"must have at {'most' if most else 'least'} {context['max_length' if most else 'min_length']} entries"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    for theirs, ours in (("an object", "a mapping of keys"), ("a valid array", "a list")):
+        message = message.replace(f"must be {theirs}", f"must be {ours}")
+    return message
+
+
 def _leaves(value: Any, keys: list[Any]) -> Iterator[tuple[list[Any], Any]]:
     if isinstance(value, dict):
         for key, child in value.items():
-            if not isinstance(key, str | int) or isinstance(key, bool):
-                yield [*keys, str(key)], (key,)
+            if not isinstance(key, str):
+                yield [*keys, key], NO_TEXT
             yield from _leaves(child, [*keys, key])
     elif isinstance(value, list):
         for n, child in enumerate(value):

@@ -35,9 +35,9 @@ class ExplainSettings:
             "l2_power must be 2 or 4": self.l2_power in (2, 4),
             "l2_eps must be positive": self.l2_eps > 0,
             "adai_images must be at least 1, or null for all": self.adai_images is None or self.adai_images >= 1,
-            "adai_draws must be at least 1": self.adai_draws >= 1,
+            "adai_draws must lie in 1..10000": 1 <= self.adai_draws <= 10_000,
             "mask_share must lie in 0.01..0.99": 0.01 <= self.mask_share <= 0.99,
-            "top_k must be at least 1": self.top_k >= 1,
+            "top_k must lie in 1..1000": 1 <= self.top_k <= 1000,
         }
         for rule, ok in checks.items():
             if not ok:

@@ -70,8 +70,8 @@ def test_what_is_no_verb_and_what_lacks_its_argument_is_refused() -> None:
 
 FILES = {
     "unknown key": ("mixtres: [0]", "mixtres: unknown key", "did you mean `mixtures`?"),
-    "wrong type": ("seeds: many", "seeds: Input should be a valid array", 'got "many"'),
-    "share outside 0..100": ("mixtures: [0, 120]", "mixtures.1: Input should be less than or equal to 100", "120"),
+    "wrong type": ("seeds: many", "seeds: must be a list", 'got "many"'),
+    "share outside 0..100": ("mixtures: [0, 120]", "mixtures.1: must be less than or equal to 100", "120"),
     "no such source": (
         "tasks: {pneumonia: {positive: pneumonia, negatives: {H3: no_finding}}}", "no such source 'H3'", "H1",
     ),

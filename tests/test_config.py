@@ -125,6 +125,32 @@ REFUSALS = {
     ),
     "a search over nothing": ("search: {trials: 2, space: {}}\n", 7, "search.space", "at least 1", ""),
     "a date where a name belongs": ("notes: 2024-01-01\n", 7, "notes", "", ""),
+    "a search over a word": (
+        "search: {trials: 2, space: {training.epochs: {choice: [20, a]}}}\n",
+        7, "search.space.training.epochs", "valid integer", 'got "a"',
+    ),
+    "an interval of words": (
+        "search: {trials: 2, space: {model.backbone: {uniform: [0, 1]}}}\n",
+        7, "search.space.model.backbone", "'resnet18', 'resnet34' or 'resnet50'", "got 0.0",
+    ),
+    "an interval of whole numbers": (
+        "search: {trials: 2, space: {model.prototype_dim: {uniform: [32, 64]}}}\n",
+        7, "search.space.model.prototype_dim", "valid integer", "got 42.1",
+    ),
+    "an interval beyond a setting's range": (
+        "search: {trials: 2, space: {training.lr_backbone: {uniform: [-1, 0.2]}}}\n",
+        7, "search.space.training.lr_backbone", "learning rates must lie in", "got -1.0",
+    ),
+    "epochs without end": ("training: {epochs: 100001}\n", 7, "training", "epochs must lie in 1..100000", ""),
+    "more films than anyone looks at": ("explain: {top_k: 100000}\n", 7, "explain", "top_k must lie in 1..1000", ""),
+    "more draws than anyone waits for": (
+        "explain: {adai_draws: 100000}\n", 7, "explain", "adai_draws must lie in 1..10000", "",
+    ),
+    "a number for a key": ("3: 4\n", 7, "(top level)", "the key 3 is no text", "put the key in quotes"),
+    "a number for a key of a section": ("training: {3: 4}\n", 7, "training", "the key 3 is no text", "quotes"),
+    "two of three shares": (
+        "cohort: {split_fractions: [0.5, 0.5]}\n", 7, "cohort.split_fractions", "value 3 of this list is missing", "",
+    ),
     "broken YAML": ("model: {backbone: resnet18\n", 8, "", "not valid YAML", "mend"),
     "a tab": ("model:\n\tbackbone: resnet18\n", 8, "", "not valid YAML", "mend"),
     "a Python object": ("notes: !!python/object/apply:os.system [ls]\n", 7, "", "not valid YAML", ""),
@@ -200,7 +226,11 @@ OVERRIDES = {
     "mixtures=[0,": ("--set mixtures", "not valid YAML"),
     "mixtures=[0,101]": ("mixtures", "100"),
     "training..epochs=3": ("--set", "key"),
-    "seeds.0=3": ("--set seeds.0", "array"),
+    "seeds.0=3": ("--set seeds.0", "list"),
+    "axes.model.backbone=[vgg]": ("--set axes.model.backbone", "resnet50"),
+    "search.trials=3": ("search.space", "required"),
+    "sources.H3={kind: phantom}": ("with --set sources.H3", "must have at most 2 entries"),
+    "sources.H1.settings.patients=0": ("with --set sources.H1.settings.patients", "patients"),
 }
 
 
@@ -298,7 +328,11 @@ scraps = st.lists(
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tree=st.dictionaries(keys, trees, max_size=5), text=scraps, base=st.booleans())
+@given(
+    tree=st.dictionaries(keys | st.integers() | st.none() | st.booleans(), trees, max_size=5),
+    text=scraps,
+    base=st.booleans(),
+)
 def test_any_text_is_an_experiment_or_a_refusal(tree: dict[str, object], text: str, base: bool, tmp_path: Path) -> None:
     for content in (yaml.safe_dump({**(yaml.safe_load(BASE) if base else {}), **tree}), (BASE if base else "") + text):
         message = outcome(tmp_path, content)

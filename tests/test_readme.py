@@ -28,6 +28,7 @@ COMMANDS = [
 ON_A_CLUSTER = [c for c in COMMANDS if "cluster.yaml" in c or "experiments/paper.yaml" in c]
 HERE = [c for c in COMMANDS if c.startswith("raystudy") and c not in ON_A_CLUSTER]
 MAKE = [c for c in COMMANDS if c.startswith("make")]
+ACTIVATE = next(c for c in COMMANDS if c.startswith(". "))
 SMALLER = (  # the demo in half a minute
     "mixtures=[0,100]",
     "tasks={pneumonia: {positive: pneumonia, negatives: other_pathology}}",
@@ -50,11 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, folder: Path, *more: str) -> str:
-    words = shlex.split(command)
+    activate = ACTIVATE.replace(".venv", str(BIN.parent))
     done = subprocess.run(
-        [str(BIN / words[0]), *words[1:], *more],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
+        ["sh", "-e", "-c", f"{activate}\n{command} {shlex.join(more)}"],
+        cwd=folder, env={**os.environ, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}"
     return done.stdout
@@ -62,13 +63,17 @@ def run(command: str, folder: Path, *more: str) -> str:
 
 def test_every_command_is_run_by_this_file_by_make_or_on_the_test_cluster() -> None:
     assert len(HERE) >= 6
-    assert set(COMMANDS) == {*HERE, *MAKE, *ON_A_CLUSTER}
+    assert set(COMMANDS) == {*HERE, *MAKE, ACTIVATE, *ON_A_CLUSTER}
+    assert f"VENV := {ACTIVATE.split()[1].removesuffix('/bin/activate')}\n" in (ROOT / "Makefile").read_text()
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {c.split()[1] for c in MAKE} | set(re.findall(r"`make ([\w-]+)`", TEXT)) <= set(targets)
     cluster_test = (ROOT / "tests/cluster/test_ray_up.py").read_text()
     for command in ON_A_CLUSTER:
-        program, verb = command.split()[:2]
+        program, verb, *words = command.split()
         assert f'"{verb}"' in cluster_test, f"the cluster test does not run `{program} {verb}`"
+        for flag in (w for w in words if w.startswith("--")):
+            run_here = any(c.startswith(f"{program} {verb} ") and flag in c for c in HERE)
+            assert run_here or f'"{flag}"' in cluster_test, f"nothing runs `{program} {verb} {flag}`"
 
 
 def test_commands_of_a_study_run_as_printed_one_after_the_other(folder: Path) -> None:

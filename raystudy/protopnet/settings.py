@@ -75,22 +75,22 @@ class TrainingSettings:
     deterministic: bool = False  # GPU only: bit-exact resume at the price of speed
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "epochs must be at least 1")
+        _require(1 <= self.epochs <= 100_000, "epochs must lie in 1..100000")
         _require(0 <= self.warm_epochs <= self.epochs, "warm_epochs must lie in 0..epochs")
         _require(self.projection_interval >= 1, "projection_interval must be at least 1")
         _require(
             self.projection_offset + self.projection_interval <= self.epochs,
             "no projection would ever happen: projection_offset + projection_interval must not exceed epochs",
         )
-        _require(self.last_layer_epochs >= 0, "last_layer_epochs must not be negative")
-        _require(self.batch_size >= 2, "batch_size must be at least 2 (batch norm)")
-        _require(self.evaluation_batch_size >= 1, "evaluation_batch_size must be at least 1")
+        _require(0 <= self.last_layer_epochs <= 100_000, "last_layer_epochs must lie in 0..100000")
+        _require(2 <= self.batch_size <= 100_000, "batch_size must lie in 2..100000 (batch norm needs two films)")
+        _require(1 <= self.evaluation_batch_size <= 100_000, "evaluation_batch_size must lie in 1..100000")
         rates = (self.lr_backbone, self.lr_add_on, self.lr_prototypes, self.lr_warm_add_on, self.lr_warm_prototypes)
         _require(all(0 < r <= 1e30 for r in (*rates, self.lr_last_layer)), "learning rates must lie in (0, 1e30]")
         _require(0 <= self.weight_decay <= 1e30, "weight_decay must lie in 0..1e30")
         terms = (self.coefficient_cross_entropy, self.coefficient_cluster, self.coefficient_separation)
         _require(all(abs(c) <= 1e30 for c in (*terms, self.coefficient_l1)), "coefficients must lie in -1e30..1e30")
-        _require(self.step_epochs >= 1, "step_epochs must be at least 1")
+        _require(1 <= self.step_epochs <= 100_000, "step_epochs must lie in 1..100000")
         _require(0 < self.step_gamma <= 1, "step_gamma must lie in (0, 1]")
         _require(1 <= self.threads <= 128, "threads must lie in 1..128")
         _require(0 < self.checkpoint_share <= 1, "checkpoint_share must lie in (0, 1]")
