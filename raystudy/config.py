@@ -44,6 +44,9 @@ class Resources(_Strict):
     explain_gpus: float = Field(default=0, ge=0)
 
 
+STORES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")  # what MLflow keeps runs in
+
+
 class Tracking(_Strict):
     """The MLflow mirror. No film and no patient id leaves the study directory unless ``images`` is true."""
 
@@ -51,6 +54,13 @@ class Tracking(_Strict):
     uri: str = "sqlite:///mlflow.db"
     experiment: str | None = None
     images: bool = False
+
+    @field_validator("uri")
+    @classmethod
+    def _an_address(cls, value: str) -> str:
+        if value.partition("://")[0].partition("+")[0] not in STORES or "://" not in value:
+            raise ValueError("must be sqlite:///FILE, an http(s):// server or the address of a database")
+        return value
 
 
 class SearchRange(_Strict):

@@ -144,8 +144,9 @@ class LocalFolder:
             raise self._refusal(key, error) from error
 
     def _refusal(self, key: str, error: OSError) -> StudyError:
+        no_folder = isinstance(error, FileExistsError | NotADirectoryError)
         return StudyError(
-            f"the folder cannot be used: {error.strerror or error}",
+            f"the folder cannot be used: {'it is none' if no_folder else error.strerror or error}",
             where=str(self.root / key),
             remedy="give a folder that this user may read and write, with free space, as --storage",
         )

@@ -28,6 +28,7 @@ from raystudy.errors import DamagedFileError, StudyError
 from raystudy.object_stores import ArrowFolder, Backend, FileStamp, LocalFolder
 
 RETRY_SECONDS = 60.0
+UNREACHABLE_SECONDS = 20.0  # Google's client would go on for 15 minutes
 REMEDY = "delete this file and run the same command again"
 EVENT_READERS = 16  # concurrent requests when events are read from object storage
 
@@ -227,13 +228,14 @@ def _connect(uri: str, retry_seconds: float, pid: int, environment: tuple[str | 
 
         bucket, _, prefix = rest.partition("/")
         return S3Bucket(bucket, prefix.strip("/"), retry_seconds)
+    limit = f"?retry_limit_seconds={min(retry_seconds, UNREACHABLE_SECONDS):g}" if scheme in ("gs", "gcs") else ""
     try:
-        file_system, root = pyarrow.fs.FileSystem.from_uri(uri)
+        file_system, root = pyarrow.fs.FileSystem.from_uri(uri + limit)
     except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise StudyError(
             f"this kind of storage cannot be opened: {str(error)[:200]}",
             where=uri,
-            remedy="a path or s3://bucket/prefix",
+            remedy="a path, s3://bucket/prefix or gs://bucket/prefix",
         ) from error
     return ArrowFolder(file_system, root, uri)
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from raystudy.errors import DamagedFileError, StudyError
 from raystudy.images.array import ImageArray
@@ -31,6 +32,7 @@ State = Literal["waiting", "running", "interrupted", "failed", "diverged", "fini
 STATES: tuple[State, ...] = ("waiting", "running", "interrupted", "failed", "diverged", "finished")
 IMAGES = "images.json"
 FORMAT_VERSION = 1  # of the study directory; raised when an older raystudy could no longer read it
+SECTIONS = ("study_seed", "sources", "model", "training", "explain", "notes")  # what is read from experiment.yaml
 HEARTBEAT_SECONDS = 60  # a driver that has not touched its lock for so long is taken for dead by `status`
 
 
@@ -89,6 +91,8 @@ class Study:
             raise StudyError(
                 "there is no study here", where=self.storage.uri, remedy="start it with `raystudy run EXPERIMENT`"
             ) from None
+        if not isinstance(plan, dict):
+            raise _damaged(self.storage, "plan.json", "it lists no trials")
         if int(plan.get("format", 1)) > FORMAT_VERSION:
             raise StudyError(
                 f"this study was written by a newer raystudy (format {plan['format']}, known {FORMAT_VERSION})",
@@ -99,7 +103,28 @@ class Study:
 
     def plan(self) -> dict[str, Any]:
         """Return plan.json: format, study, tasks, axes and the ids of the trials that the experiment asks for."""
-        return self.storage.read_json("plan.json")
+        plan = self.storage.read_json("plan.json")
+        if not isinstance(plan, dict) or not isinstance(plan.get("trials"), list):
+            raise _damaged(self.storage, "plan.json", "it lists no trials")
+        return plan
+
+    def experiment(self) -> dict[str, Any]:
+        """Return the resolved experiment of the last run.
+
+        Raises
+        ------
+        DamagedFileError : experiment.yaml is not there, or is not what a run writes.
+        """
+        try:
+            tree = yaml.safe_load(self.storage.read_bytes("experiment.yaml"))
+        except FileNotFoundError:
+            raise _damaged(self.storage, "experiment.yaml", "it is missing") from None
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise _damaged(self.storage, "experiment.yaml", "it is not valid YAML") from None
+        missing = [k for k in SECTIONS if not isinstance(tree, dict) or k not in tree]
+        if missing:
+            raise _damaged(self.storage, "experiment.yaml", f"it lacks {', '.join(missing)}")
+        return tree
 
     def trial(self, trial_id: str) -> Storage:
         """Return the directory of one trial."""
@@ -266,3 +291,11 @@ def parquet_bytes(frame: pd.DataFrame, schema: pa.Schema | None = None) -> bytes
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
+
+
+def _damaged(storage: Storage, name: str, why: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"the file is damaged: {why}",
+        where=storage.address(name),
+        remedy="`raystudy run EXPERIMENT` writes it again; what is done stays done",
+    )

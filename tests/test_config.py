@@ -146,6 +146,10 @@ REFUSALS = {
     "more draws than anyone waits for": (
         "explain: {adai_draws: 100000}\n", 7, "explain", "adai_draws must lie in 1..10000", "",
     ),
+    "an address that MLflow does not know": (
+        "tracking: {uri: foo://bar}\n", 7, "tracking.uri", "must be sqlite:///FILE", "http(s):// server",
+    ),
+    "a folder for a database": ("tracking: {uri: runs}\n", 7, "tracking.uri", "must be sqlite:///FILE", ""),
     "a number for a key": ("3: 4\n", 7, "(top level)", "the key 3 is no text", "put the key in quotes"),
     "a number for a key of a section": ("training: {3: 4}\n", 7, "training", "the key 3 is no text", "quotes"),
     "two of three shares": (

@@ -118,6 +118,23 @@ def faithfulness_table(trials: Sequence[KeyedTable], study_seed: int) -> pd.Data
     return pd.DataFrame(rows)
 
 
+def faithfulness_mixture_table(trials: Sequence[KeyedTable], study_seed: int) -> pd.DataFrame:
+    """Return one row per arm, mixture, test set and method: AD and AI over seeds with their crossed intervals."""
+    cells: dict[tuple[tuple[tuple[str, object], ...], int, str], list[pd.DataFrame]] = {}
+    for trial in trials:
+        for test_set, pairs in trial.table.groupby("test_set", sort=True):
+            cells.setdefault((trial.arm, _int(trial.keys["h1_share"]), str(test_set)), []).append(pairs)
+    rows: list[dict[str, object]] = []
+    for (arm, x, test_set), runs in cells.items():
+        for value in summarise(runs, study_seed).values():
+            row: dict[str, object] = {**dict(arm), "h1_share": x, "test_set": test_set, "method": value.method}
+            row |= {"seeds": len(runs), "n_images": value.n_images, "n_pairs": value.n_pairs}
+            row |= _interval("average_drop", value.average_drop)
+            row |= _interval("average_increase", value.average_increase)
+            rows.append({**row, "interval": value.average_drop.label})
+    return pd.DataFrame(rows)
+
+
 def _interval(name: str, value: Interval) -> dict[str, object]:
     return {name: value.estimate, f"{name}_low": value.low, f"{name}_high": value.high}
 

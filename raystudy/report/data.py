@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from raystudy.errors import StudyError
 from raystudy.evaluate.reliance import Verdict, verdict
@@ -15,6 +14,7 @@ from raystudy.evaluate.tables import (
     KeyedTable,
     accuracy_table,
     arms,
+    faithfulness_mixture_table,
     faithfulness_table,
     mixture_table,
     reliance_table,
@@ -60,6 +60,7 @@ class ReportData:
     mixtures: pd.DataFrame
     reliance: pd.DataFrame
     faithfulness: pd.DataFrame
+    faithfulness_mixtures: pd.DataFrame
     specificity: pd.DataFrame
     mask_shares: pd.DataFrame
     verdicts: tuple[tuple[dict[str, object], Verdict], ...] = field(default=())
@@ -95,7 +96,7 @@ def read_report_data(study: Study) -> ReportData:
             where=study.storage.uri,
             remedy="`raystudy run EXPERIMENT` first; `raystudy status EXPERIMENT` tells how far it is",
         )
-    experiment = yaml.safe_load(study.storage.read_bytes("experiment.yaml"))
+    experiment = study.experiment()
     seed = int(experiment["study_seed"])
     with ThreadPoolExecutor(8) as pool:
         frames = list(pool.map(lambda t: _predictions(study, t), trials))
@@ -113,7 +114,8 @@ def read_report_data(study: Study) -> ReportData:
         accuracy_table(predictions, seed),
         mixture_table(predictions, seed),
         reliance_table(predictions, seed),
-        faithfulness_table(explained, seed) if explained else pd.DataFrame(),
+        faithfulness_table(explained, seed),
+        faithfulness_mixture_table(explained, seed),
         pd.DataFrame(specific),
         pd.concat(masks, ignore_index=True) if masks else pd.DataFrame(),
         tuple((keys, verdict(arm, str(keys["task"]))) for keys, arm in arms(predictions, seed)),

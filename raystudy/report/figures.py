@@ -103,7 +103,7 @@ def reliance_curves(reliance: pd.DataFrame, sources: Sequence[str], title: str) 
 
 
 def faithfulness_bars(table: pd.DataFrame, title: str) -> Figure:
-    """Draw AD and AI by mixture and method, means over seeds; bars are the mean 95 % intervals of single trials."""
+    """Draw AD and AI by mixture and method with 95 % intervals; rows of `faithfulness_mixture_table` of one arm."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     shares = sorted(table["h1_share"].unique())
     for place, (name, label) in enumerate(
@@ -111,8 +111,8 @@ def faithfulness_bars(table: pd.DataFrame, title: str) -> Figure:
     ):
         axes = figure.add_subplot(1, 2, place + 1)
         for offset, (method, (word, colour)) in zip((-3.0, 0.0, 3.0), METHODS.items(), strict=True):
-            rows = table[table["method"] == method].groupby("h1_share")[[name, f"{name}_low", f"{name}_high"]].mean()
-            x = rows.index.to_numpy(float) + (offset * 0.5 if len(shares) > 1 else offset)
+            rows = table[table["method"] == method].sort_values("h1_share")
+            x = rows["h1_share"].to_numpy(float) + (offset * 0.5 if len(shares) > 1 else offset)
             y = rows[name].to_numpy(float)
             error = np.abs(np.stack([y - rows[f"{name}_low"], rows[f"{name}_high"] - y]))
             axes.errorbar(x, y, error, color=colour, fmt="o", ms=4, lw=1.2, label=word)

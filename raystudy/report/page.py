@@ -74,6 +74,7 @@ def write_report(study: Study) -> Written:
         ("faithfulness", data.faithfulness),
         ("reliance", data.reliance.drop(columns="interval", errors="ignore")),
         ("accuracy_by_mixture", data.mixtures),
+        ("faithfulness_by_mixture", data.faithfulness_mixtures),
         ("specificity", data.specificity),
         ("planted_truth", data.mask_shares),
     ):
@@ -114,12 +115,12 @@ def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files:
     )
     curves = figures.reliance_curves(reliance, sources, f"Source reliance and skill, {task}")
     _add(section, files, f"reliance_{slug}", curves, f"Source reliance and skill with 95 % intervals, {label}.")
-    faithfulness = _rows(data.faithfulness, chosen)
+    faithfulness = _rows(data.faithfulness_mixtures, chosen)
     if not faithfulness.empty:
         bars = figures.faithfulness_bars(faithfulness, f"Faithfulness of the maps, {task}")
         n = int(faithfulness["n_images"].max())
         share = _settings(data, trials, "mask_share")
-        caption = f"Average drop and increase with {100 * float(share):g} % of the film masked, {n} films a trial; the random control ranks pixels by chance."
+        caption = f"Average drop and increase with {100 * float(share):g} % of the film masked, {n} films a trial; the random control ranks pixels by chance. Bars: 95 % intervals, {faithfulness['interval'].iloc[0]}."
         _add(section, files, f"faithfulness_{slug}", bars, caption)
     _add_panels(section, files, data, trials, slug)
     section.tables.append(_mixture_rows(mixtures, reliance))
@@ -128,7 +129,9 @@ def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files:
     _add_specificity(section, _rows(data.specificity, chosen))
     ids = {t.trial_id for t in trials}
     if not data.mask_shares.empty:
-        _add_planted_truth(section, data.mask_shares[data.mask_shares["trial_id"].isin(ids)])
+        shares = data.mask_shares[data.mask_shares["trial_id"].isin(ids)]
+        if not shares.empty:
+            section.tables.append(planted_truth(shares))
     return section
 
 
@@ -193,7 +196,7 @@ def _add_panels(
         return
     names = list(explained[0].trial.spec["class_names"])
     grid = panels.class_map_grid(explained, names, "Global class maps")
-    caption = f"Class maps: each unique prototype's PRP map on its own source film, {SUPERPOSED[_settings(data, trials, 'superposition')]} over the class."
+    caption = f"Class maps: each unique prototype's PRP map on its own source film, {SUPERPOSED[_settings(data, trials, 'superposition')]} over the class; seed {first}."
     _add(section, files, f"{FIGURES_OF_FILMS}_class_maps_{slug}", grid, caption)
     spread = [explained[i] for i in sorted({0, len(explained) // 2, len(explained) - 1})]
     strong = min(explained, key=lambda e: abs(int(e.trial.spec["h1_share"]) - 90))
@@ -208,18 +211,19 @@ def _add_panels(
         return
     for label in (0, 1):
         panel = panels.top_images_panel(strong, films, rows[id(strong)][label], names[label])
-        caption = f"The training films that the commonest prototype of “{names[label]}” fires at most, and its PRP maps there."
+        caption = f"The training films that the commonest prototype of “{names[label]}” fires at most, and its PRP maps there; seed {first}."
         _add(section, files, f"{FIGURES_OF_FILMS}_top_images_{label}_{slug}", panel, caption)
     chosen = [(e, row) for e in spread for row in rows[id(e)]]
     panel = panels.prototype_panel(chosen, films, names, "Prototypes on their source films")
-    caption = "A prototype of each class at three mixtures: its source film, the ProtoPNet heat map and the PRP map."
+    caption = f"A prototype of each class at three mixtures: its source film, the ProtoPNet heat map and the PRP map; seed {first}."
     _add(section, files, f"{FIGURES_OF_FILMS}_prototypes_{slug}", panel, caption)
 
 
 def _strongest(explained: panels.Explained) -> list[int]:
-    """Return the row of the commonest unique prototype of each class."""
+    """Return the row of the commonest unique prototype of each class, of one with relevance where there is any."""
     table = explained.unique
-    return [int(np.where(table["class"] == label, table["multiplicity"], -1).argmax()) for label in (0, 1)]
+    rank = table["multiplicity"].to_numpy() + 1e6 * explained.maps.any(axis=(1, 2))
+    return [int(np.where(table["class"] == label, rank, -1).argmax()) for label in (0, 1)]
 
 
 def _mixture_rows(mixtures: pd.DataFrame, reliance: pd.DataFrame) -> dict[str, Any]:
@@ -237,22 +241,21 @@ def _mixture_rows(mixtures: pd.DataFrame, reliance: pd.DataFrame) -> dict[str, A
 
 
 def _faithfulness_rows(table: pd.DataFrame) -> dict[str, Any]:
-    columns = ["mixture", "test set"]
-    for word, _ in figures.METHODS.values():
-        columns += [f"AD {word}", f"AI {word}"]
     rows = []
     for (share, test_set), group in table.groupby(["h1_share", "test_set"]):
-        cells = [panels.mixture_name(int(str(share))), str(test_set)]
-        for method in figures.METHODS:
-            one = group[group["method"] == method]
-            for name in ("average_drop", "average_increase"):
-                cells.append(f"{one[name].mean():.1f}" if len(one) else "–")
-        rows.append([*cells, f"{int(group['n_images'].max())} / {int(group['n_pairs'].max())}"])
+        start = [panels.mixture_name(int(str(share))), str(test_set)]
+        for method, (word, _) in figures.METHODS.items():
+            for _, row in group[group["method"] == method].iterrows():
+                cells = [_with_range(row, name, ".1f") for name in ("average_drop", "average_increase")]
+                rows.append([*start, word, *cells, f"{row['n_images']} / {row['n_pairs']}"])
+                start = ["", ""]
+    seeds = int(table["seeds"].max())
+    runs = f"Means over {seeds} training runs" if seeds > 1 else "One training run a mixture"
     return {
         "title": "Average drop (AD) and increase (AI), %",
-        "columns": [*columns, "films / pairs"],
+        "columns": ["mixture", "test set", "map", "AD", "AI", "films / pairs"],
         "rows": rows,
-        "note": "Means over seeds. Lower drop and higher increase are better. Intervals of every trial: tables/faithfulness.csv.",
+        "note": f"{runs}; in brackets 95 % intervals, {table['interval'].iloc[0]}. Lower drop and higher increase are better. Every trial: tables/faithfulness.csv.",
     }
 
 
@@ -268,39 +271,38 @@ def _add_specificity(section: _Section, table: pd.DataFrame) -> None:
             "title": "Do the maps depend on which prototype they explain?",
             "columns": ["rule", *(c.replace("_", " ") for c in numbers), "trials"],
             "rows": rows,
-            "note": "Correlations near 1 say that a map shows where a prototype fires, hardly which prototype it is.",
+            "note": "Conservation: the share of a prototype's relevance that arrives at the film. Correlations (of maps that share a cell, and with shuffled channel weights) near 1 say that a map shows where a prototype fires, hardly which prototype it is.",
         }
     )
 
 
-def _add_planted_truth(section: _Section, table: pd.DataFrame) -> None:
-    if table.empty:
-        return
+def planted_truth(table: pd.DataFrame) -> dict[str, Any]:
+    """Return the page's table of relevance inside the planted masks; rows of `planted_truth.csv` of one arm."""
     kinds = sorted(table["mask"].unique())
     rows = []
     for share, group in table.groupby("h1_share"):
         cells = [panels.mixture_name(int(str(share)))]
         for kind in kinds:
             one = group[(group["mask"] == kind) & (group["area_share"] > 0)]
-            if not len(one):
-                cells += ["–"] * 3
+            felt = one[one["positive_share"].notna()]
+            if not len(felt):
+                cells += ["–", "–", "–", str(len(one))]
                 continue
             relevance, area = (
-                np.average(one[c], weights=one["multiplicity"]) for c in ("positive_share", "area_share")
+                np.average(felt[c], weights=felt["multiplicity"]) for c in ("positive_share", "area_share")
             )
-            cells += [f"{100 * relevance:.1f} %", f"{100 * area:.1f} %", f"{relevance / area:.1f} ×"]
-        rows.append([*cells, str(len(group))])
+            cells += [f"{100 * relevance:.1f} %", f"{100 * area:.1f} %", f"{relevance / area:.1f} ×", str(len(felt))]
+        silent = group[group["positive_share"].isna()]
+        rows.append([*cells, str(len(silent[["trial_id", "prototype"]].drop_duplicates()))])
     columns = ["mixture"]
     for kind in kinds:
-        columns += [f"relevance in {kind}", f"area of {kind}", "ratio"]
-    section.tables.append(
-        {
-            "title": "Planted truth: where the prototypes' relevance lies",
-            "columns": [*columns, "n"],
-            "rows": rows,
-            "note": "Share of positive PRP relevance inside the planted masks, over prototypes whose film carries one. A ratio of 1 is what relevance without any aim would reach.",
-        }
-    )
+        columns += [f"relevance in {kind}", f"area of {kind}", "ratio", "prototypes"]
+    return {
+        "title": "Planted truth: where the prototypes' relevance lies",
+        "columns": [*columns, "without relevance"],
+        "rows": rows,
+        "note": "Share of positive PRP relevance inside the planted masks, over the different prototypes whose film carries one. A ratio of 1 is what relevance without any aim would reach. Prototypes without relevance have a cell where the layers above the backbone are silent: nothing comes down to the film, and their maps are zero.",
+    }
 
 
 def _with_range(row: Any, name: str, form: str) -> str:

@@ -90,7 +90,7 @@ def top_images_panel(trial: Explained, films: ImageArray, row: int, class_name: 
     for column, (_, entry) in enumerate(top.iterrows()):
         image = films.take([str(entry["image_id"])])[0]
         grid[0][column].imshow(image, cmap="gray", vmin=0, vmax=255)
-        grid[1][column].imshow(_relevance(image, trial.top_maps[row, column]))
+        _show_relevance(grid[1][column], image, trial.top_maps[row, column])
         source = " (its source)" if entry["is_source"] else ""
         hospital = str(entry["image_id"]).split("/", 1)[0]
         grid[0][column].set_title(f"{hospital}{source}\nscore {entry['similarity']:.2f}", fontsize=8)
@@ -114,7 +114,7 @@ def prototype_panel(
         heat = upsample_activation(torch.from_numpy(np.array(trial.activation[row])), (len(image), len(image)))
         grid[0][column].imshow(image, cmap="gray", vmin=0, vmax=255)
         grid[1][column].imshow(overlay_activation(grey, heat).clamp(0, 1).numpy())
-        grid[2][column].imshow(_relevance(image, trial.maps[row]))
+        _show_relevance(grid[2][column], image, trial.maps[row])
         hospital = str(entry["image_id"]).split("/", 1)[0]
         name = class_names[int(entry["class"])]
         share = mixture_name(int(trial.trial.spec["h1_share"]))
@@ -127,10 +127,15 @@ def prototype_panel(
     return figure
 
 
-def _relevance(image: Array, relevance: Array) -> Array:
+def _show_relevance(axes: Axes, image: Array, relevance: Array) -> None:
+    """Show a film under its map, or say that the map is zero, as where no unit of the prototype's cell is active."""
     grey = torch.from_numpy(image.astype(np.float32) / 255)
     shown = overlay_relevance(grey, torch.from_numpy(np.array(relevance, dtype=np.float32)))
-    return shown.clamp(0, 1).numpy()
+    axes.imshow(shown.clamp(0, 1).numpy())
+    if not relevance.any():
+        axes.text(
+            0.5, 0.5, "no relevance\nreaches the film", ha="center", va="center", fontsize=7, transform=axes.transAxes
+        )
 
 
 def _bare(axes: Axes) -> None:

@@ -16,6 +16,7 @@ from raystudy.evaluate.faithfulness import (
     relative_drop,
     summarise,
 )
+from raystudy.evaluate.tables import KeyedTable, faithfulness_mixture_table
 
 
 def pairs_of(rows: list[tuple[str, int, int, str, int, float, float]]) -> pd.DataFrame:
@@ -109,3 +110,21 @@ def test_several_training_runs_enter_the_crossed_interval() -> None:
     assert value.average_drop.seeds == 3
     with pytest.raises(ValueError, match="different images"):
         summarise([random_pairs(0), random_pairs(1, images=20)], 0)
+
+
+def test_the_table_by_mixture_has_the_crossed_interval_of_its_seeds() -> None:
+    trials = [
+        KeyedTable(
+            {"task": "t", "trial_id": f"{x}{s}", "h1_share": x, "seed": s}, runs[s].assign(test_set="Test-50-50")
+        )
+        for x, runs in {0: [random_pairs(s) for s in range(3)], 50: [random_pairs(7)]}.items()
+        for s in range(len(runs))
+    ]
+    table = faithfulness_mixture_table(trials, 0).set_index(["h1_share", "method"])
+    wanted = summarise([random_pairs(s) for s in range(3)], 0)["prp"]
+    row = table.loc[(0, "prp")]
+    assert (row["seeds"], row["n_images"], row["n_pairs"]) == (3, wanted.n_images, wanted.n_pairs)
+    assert row["average_drop"] == wanted.average_drop.estimate
+    assert (row["average_drop_low"], row["average_drop_high"]) == (wanted.average_drop.low, wanted.average_drop.high)
+    assert row["interval"] == "over training runs and patients"
+    assert table.loc[(50, "prp"), "interval"] == "conditional on this training run"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from raystudy.errors import StudyError
 from raystudy.report.cohort_table import cohort_table
-from raystudy.report.page import Written, write_report
+from raystudy.report.page import Written, planted_truth, write_report
 from raystudy.study import Study
 from tests.tiny_study import TinyStudy
 
@@ -218,6 +218,45 @@ def test_a_trial_without_a_result_is_named_and_left_out_of_the_numbers(study: St
     assert lost in text
 
 
+DAMAGED = {
+    "broken": (b"a: [", "not valid YAML"),
+    "another file": (b"name: x\n", "lacks study_seed"),
+    "text": (b"hello", "lacks study_seed"),
+    "gone": (None, "missing"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_experiment_of_a_study_is_named(how: str, study: Study) -> None:
+    content, why = DAMAGED[how]
+    if content is None:
+        study.storage.delete("experiment.yaml")
+    else:
+        study.storage.write_bytes("experiment.yaml", content)
+    with pytest.raises(StudyError, match=why) as refusal:
+        write_report(study)
+    assert "experiment.yaml" in str(refusal.value)
+
+
+@pytest.mark.parametrize("plan", [{}, [], {"trials": 3}])
+def test_a_plan_without_trials_is_named(plan: object, study: Study) -> None:
+    study.storage.write_json("plan.json", plan)
+    with pytest.raises(StudyError, match=r"plan\.json: the file is damaged"):
+        study.require().status()
+
+
+def test_relevance_that_does_not_reach_the_film_is_told_and_counted() -> None:
+    columns = ["trial_id", "h1_share", "prototype", "multiplicity", "mask", "positive_share", "area_share"]
+    rows = [("t", 90, 0, 3, "sign", float("nan"), 0.1), ("t", 90, 0, 3, "tag", float("nan"), 0.2)]
+    rows += [("t", 90, 1, 1, "sign", 0.3, 0.1), ("t", 90, 1, 1, "tag", 0.1, 0.2)]
+    rows += [("t", 100, 0, 1, "sign", float("nan"), 0.1), ("t", 100, 0, 1, "tag", 0.0, 0.0)]
+    table = planted_truth(pd.DataFrame(rows, columns=columns))
+    assert table["rows"] == [
+        ["90H1-10H2", "30.0 %", "10.0 %", "3.0 ×", "1", "10.0 %", "20.0 %", "0.5 ×", "1", "1"],
+        ["100H1-0H2", "–", "–", "–", "1", "–", "–", "–", "0", "1"],
+    ]
+
+
 def test_a_study_without_any_result_is_refused_with_the_remedy(study: Study):
     for trial_id in study.trial_ids():
         study.trial(trial_id).delete("result.json")
@@ -263,3 +302,13 @@ def test_every_number_of_the_page_has_its_n(reported: Reported):
     assert set(by_mixture["test_set"]) == TEST_SETS
     assert (by_mixture["seeds"] == 1).all()
     assert (by_mixture["interval"] == "conditional on this training run").all()
+    text = " ".join(Tags(page(study)).text.split())
+    faithfulness = table(study, "faithfulness_by_mixture")
+    assert len(faithfulness) == 9  # three mixtures, three methods
+    for _, row in faithfulness.iterrows():
+        for name in ("average_drop", "average_increase"):
+            assert f"{row[name]:.1f} ({row[f'{name}_low']:.1f} to {row[f'{name}_high']:.1f})" in text
+        assert f"{row['n_images']} / {row['n_pairs']}" in text
+    assert (faithfulness["interval"] == "conditional on this training run").all()
+    assert text.count("conditional on this training run") >= 4  # accuracy, reliance, faithfulness: figure and table
+    assert "nan" not in text
