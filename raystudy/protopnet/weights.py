@@ -81,4 +81,9 @@ def _load(model: ProtoPNet, loaded: dict[str, Tensor], path: Path) -> None:
             remedy="use weights of the backbone that model.backbone names",
         )
     values = {name: loaded[name] for name in wanted if name in loaded}
+    odd = next((n for n, v in values.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
+    if odd is not None:
+        raise StudyError(
+            f"weights must be finite: {odd} holds a NaN or an infinity", where=str(path), remedy="use another file"
+        )
     model.backbone.load_state_dict({**{name: wanted[name] for name in counters}, **values})

@@ -81,6 +81,15 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path: Path, change, 
         start_from_weights(ProtoPNet.from_settings(settings(str(file))), settings(str(file)))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_before_any_training(tmp_path: Path, value: float) -> None:
+    file, weights = tmp_path / "w.safetensors", resnet18()
+    weights["layer2.0.bn1.running_var"][3] = value
+    safetensors.torch.save_file(weights, file)
+    with pytest.raises(StudyError, match=r"w\.safetensors: weights must be finite: layer2\.0\.bn1\.running_var"):
+        start_from_weights(ProtoPNet.from_settings(settings(str(file))), settings(str(file)))
+
+
 def test_a_file_that_is_missing_or_no_safetensors_is_refused(tmp_path: Path) -> None:
     model = ProtoPNet.from_settings(settings("none"))
     with pytest.raises(StudyError, match="cannot be read: No such file"):
