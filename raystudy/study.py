@@ -91,19 +91,20 @@ class Study:
             raise StudyError(
                 "there is no study here", where=self.storage.uri, remedy="start it with `raystudy run EXPERIMENT`"
             ) from None
-        if not isinstance(plan, dict):
-            raise _damaged(self.storage, "plan.json", "it lists no trials")
-        if int(plan.get("format", 1)) > FORMAT_VERSION:
+        self._checked(plan)
+        return self
+
+    def plan(self) -> dict[str, Any]:
+        """Return plan.json: format, study, tasks, axes and the ids of the trials that the experiment asks for."""
+        return self._checked(self.storage.read_json("plan.json"))
+
+    def _checked(self, plan: Any) -> dict[str, Any]:
+        if isinstance(plan, dict) and int(plan.get("format", 1)) > FORMAT_VERSION:
             raise StudyError(
                 f"this study was written by a newer raystudy (format {plan['format']}, known {FORMAT_VERSION})",
                 where=self.storage.uri,
                 remedy="install the newer raystudy, or name another study",
             )
-        return self
-
-    def plan(self) -> dict[str, Any]:
-        """Return plan.json: format, study, tasks, axes and the ids of the trials that the experiment asks for."""
-        plan = self.storage.read_json("plan.json")
         if not isinstance(plan, dict) or not isinstance(plan.get("trials"), list):
             raise _damaged(self.storage, "plan.json", "it lists no trials")
         return plan
