@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUIET_SERVICES := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 
-.PHONY: demo test test-cluster test-faults bench check
+.PHONY: demo test test-cluster test-faults test-mutations bench check
 
 $(VENV)/demo-installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,3 +39,6 @@ test-cluster: $(VENV)/test-installed
 
 test-faults: $(VENV)/test-installed
 	$(QUIET_SERVICES) OMP_NUM_THREADS=1 $(BIN)/pytest -q -m faults tests
+
+test-mutations: $(VENV)/test-installed
+	$(BIN)/python -m tests.mutations

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from raystudy.errors import StudyError
 from raystudy.evaluate.intervals import Interval
+from raystudy.evaluate.planted import concentration
 from raystudy.evaluate.reliance import Verdict
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.report import figures, panels
@@ -264,16 +265,21 @@ def _add_specificity(section: _Section, table: pd.DataFrame) -> None:
         return
     numbers = [c for c in table.columns if table[c].dtype.kind == "f"]
     rows = [
-        [rule, *(f"{group[c].mean():.3f}" for c in numbers), str(len(group))] for rule, group in table.groupby("rule")
+        [rule, *(_with_extremes(group[c]) for c in numbers), str(len(group))] for rule, group in table.groupby("rule")
     ]
     section.tables.append(
         {
             "title": "Do the maps depend on which prototype they explain?",
             "columns": ["rule", *(c.replace("_", " ") for c in numbers), "trials"],
             "rows": rows,
-            "note": "Conservation: the share of a prototype's relevance that arrives at the film. Correlations (of maps that share a cell, and with shuffled channel weights) near 1 say that a map shows where a prototype fires, hardly which prototype it is.",
+            "note": "Means over trials; in brackets the lowest and the highest trial. Conservation: the share of a prototype's relevance that arrives at the film. Correlations (of maps that share a cell, and with shuffled channel weights) near 1 say that a map shows where a prototype fires, hardly which prototype it is.",
         }
     )
+
+
+def _with_extremes(values: pd.Series) -> str:
+    text = f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})" if values.notna().any() else "–"
+    return text.replace("-", "−")
 
 
 def planted_truth(table: pd.DataFrame) -> dict[str, Any]:
@@ -286,22 +292,22 @@ def planted_truth(table: pd.DataFrame) -> dict[str, Any]:
             one = group[(group["mask"] == kind) & (group["area_share"] > 0)]
             felt = one[one["positive_share"].notna()]
             if not len(felt):
-                cells += ["–", "–", "–", str(len(one))]
+                cells += ["–", "–", "–", f"{len(one)} / {one['image_id'].nunique()}"]
                 continue
-            relevance, area = (
-                np.average(felt[c], weights=felt["multiplicity"]) for c in ("positive_share", "area_share")
-            )
-            cells += [f"{100 * relevance:.1f} %", f"{100 * area:.1f} %", f"{relevance / area:.1f} ×", str(len(felt))]
+            found = concentration(*(felt[c] for c in ("positive_share", "area_share", "multiplicity", "image_id")))
+            limits = "" if found.low is None else f" ({found.low:.1f} to {found.high:.1f})"
+            cells += [f"{100 * found.relevance:.1f} %", f"{100 * found.area:.1f} %", f"{found.ratio:.1f} ×{limits}"]
+            cells.append(f"{len(felt)} / {found.n_films}")
         silent = group[group["positive_share"].isna()]
         rows.append([*cells, str(len(silent[["trial_id", "prototype"]].drop_duplicates()))])
     columns = ["mixture"]
     for kind in kinds:
-        columns += [f"relevance in {kind}", f"area of {kind}", "ratio", "prototypes"]
+        columns += [f"relevance in {kind}", f"area of {kind}", "ratio", "prototypes / films"]
     return {
         "title": "Planted truth: where the prototypes' relevance lies",
         "columns": [*columns, "without relevance"],
         "rows": rows,
-        "note": "Share of positive PRP relevance inside the planted masks, over the different prototypes whose film carries one. A ratio of 1 is what relevance without any aim would reach. Prototypes without relevance have a cell where the layers above the backbone are silent: nothing comes down to the film, and their maps are zero.",
+        "note": "Share of positive PRP relevance inside the planted masks, over the different prototypes whose film carries one. A ratio of 1 is what relevance without any aim would reach; in brackets its 95 % interval over films, conditional on these training runs, where there are two films or more. Prototypes without relevance have a cell where the layers above the backbone are silent: nothing comes down to the film, and their maps are zero.",
     }
 
 

@@ -246,14 +246,15 @@ def test_a_plan_without_trials_is_named(plan: object, study: Study) -> None:
 
 
 def test_relevance_that_does_not_reach_the_film_is_told_and_counted() -> None:
-    columns = ["trial_id", "h1_share", "prototype", "multiplicity", "mask", "positive_share", "area_share"]
-    rows = [("t", 90, 0, 3, "sign", float("nan"), 0.1), ("t", 90, 0, 3, "tag", float("nan"), 0.2)]
-    rows += [("t", 90, 1, 1, "sign", 0.3, 0.1), ("t", 90, 1, 1, "tag", 0.1, 0.2)]
-    rows += [("t", 100, 0, 1, "sign", float("nan"), 0.1), ("t", 100, 0, 1, "tag", 0.0, 0.0)]
+    columns = ["trial_id", "h1_share", "prototype", "image_id", "multiplicity", "mask", "positive_share", "area_share"]
+    rows = [("t", 90, 0, "a", 3, "sign", float("nan"), 0.1), ("t", 90, 0, "a", 3, "tag", float("nan"), 0.2)]
+    rows += [("t", 90, 1, "b", 1, "sign", 0.3, 0.1), ("t", 90, 1, "b", 1, "tag", 0.1, 0.2)]
+    rows += [("t", 90, 2, "c", 1, "sign", 0.3, 0.1)]
+    rows += [("t", 100, 0, "a", 1, "sign", float("nan"), 0.1), ("t", 100, 0, "a", 1, "tag", 0.0, 0.0)]
     table = planted_truth(pd.DataFrame(rows, columns=columns))
     assert table["rows"] == [
-        ["90H1-10H2", "30.0 %", "10.0 %", "3.0 ×", "1", "10.0 %", "20.0 %", "0.5 ×", "1", "1"],
-        ["100H1-0H2", "–", "–", "–", "1", "–", "–", "–", "0", "1"],
+        ["90H1-10H2", "30.0 %", "10.0 %", "3.0 × (3.0 to 3.0)", "2 / 2", "10.0 %", "20.0 %", "0.5 ×", "1 / 1", "1"],
+        ["100H1-0H2", "–", "–", "–", "1 / 1", "–", "–", "–", "0 / 0", "1"],
     ]
 
 
