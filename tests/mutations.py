@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 ROOT = Path(__file__).parents[1]
 RELEVANCE, PROTOPNET, EVALUATE = "tests/relevance", "tests/protopnet", "tests/evaluate"
@@ -530,7 +530,7 @@ def main() -> None:
     parser.add_argument("--rule", type=int, action="append", help="only the mutations of this rule; repeatable")
     wanted: list[int] | None = parser.parse_args().rule
     chosen = [m for m in MUTATIONS if not wanted or m.rule in wanted]
-    table = Table("rule", "broken on purpose", "caught by", title=f"{len(chosen)} mutations")
+    table = Table("rule", "broken on purpose", Column("caught by", overflow="fold"), title=f"{len(chosen)} mutations")
     survived: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "raystudy"

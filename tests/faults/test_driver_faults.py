@@ -30,7 +30,7 @@ def progress(study: Path) -> int:
 
 
 def moment(study: Path) -> str:
-    """Name what a driver was about when it died."""
+    """Name what a driver is about."""
     place = open_storage(study)
     names = place.list()
     n_trials = len({n.split("/")[1] for n in names if n.startswith("trials/")})
@@ -47,11 +47,11 @@ def moment(study: Path) -> str:
 
 
 def wait_for_a_moment(started: Driver, study: Path, whole: int, draw: np.random.Generator) -> None:
-    """Wait until somewhere on a driver's way: a share of its files and events, or the seconds of its start."""
-    if draw.random() < 0.2:
+    """Wait until somewhere on a driver's way: up to a third of a study further, or the seconds of its start."""
+    if draw.random() < 0.1:
         time.sleep(float(draw.uniform(0, 4)))
         return
-    aim = int(draw.integers(min(progress(study), whole - 1), whole))
+    aim = progress(study) + int(draw.integers(1, max(2, whole // 3)))
     wait_until(lambda: progress(study) >= aim, started)
     time.sleep(float(draw.uniform(0, 0.3)))
 
@@ -78,11 +78,13 @@ def strike(started: Driver, how: str) -> bool:
     return code != 0
 
 
-def strike_drivers(undisturbed: Undisturbed, folder: Path, accidents: list[str], seed: int, *options: str) -> str:
+def strike_drivers(
+    undisturbed: Undisturbed, folder: Path, accidents: list[str], seed: int, tally: Tally, *options: str
+) -> Counter[str]:
     """Let drivers meet with accidents, a new study after each end; every end must be the same bytes."""
     draw, moments, studies = stream(seed, "driver accidents"), Counter[str](), 0
     n_trials = 1 if options else 3
-    whole = progress(undisturbed.root / "tiny") * n_trials // 3
+    whole = progress(undisturbed.root / "tiny") * n_trials // 3  # until a study of as many trials has ended
     waiting = list(accidents)
     while waiting:
         studies += 1
@@ -91,9 +93,10 @@ def strike_drivers(undisturbed: Undisturbed, folder: Path, accidents: list[str],
         while struck and waiting:
             with driver(undisturbed.file, storage, *options) as started:
                 wait_for_a_moment(started, storage / "tiny", whole, draw)
+                about = moment(storage / "tiny")
                 struck = strike(started, waiting[0])
                 if struck:
-                    moments[f"{waiting.pop(0)} at {moment(storage / 'tiny')}"] += 1
+                    moments[f"{waiting.pop(0)} at {about}"] += 1
                 if draw.random() < 0.5:  # the other half of the drivers meet what the last one left behind
                     started.wait_until_gone()
         with driver(undisturbed.file, storage, *options) as last:
@@ -101,24 +104,28 @@ def strike_drivers(undisturbed: Undisturbed, folder: Path, accidents: list[str],
             assert code == 0, out
             last.wait_until_gone()
         undisturbed.assert_same(storage, n_trials)
+        whole = progress(storage / "tiny")
         study = open_storage(storage / "tiny")
         assert not damaged_files(study, "report.json")  # a driver that died in its report has one that is whole
         assert study.exists("report/tables/accuracy.csv")
         assert not (storage / "tiny" / "lock.json").exists()
-    return f"{moments.total()} accidents ({dict(sorted(moments.items()))}), {studies} studies, identical"
+    tally(f"{moments.total()} accidents ({dict(sorted(moments.items()))}), {studies} studies, identical")
+    return moments
 
 
 def test_a_driver_that_dies_leaves_a_study_that_ends_with_the_same_bytes(
     undisturbed: Undisturbed, tmp_path: Path, tally: Tally
 ) -> None:
-    tally(strike_drivers(undisturbed, tmp_path, ["driver", "SIGTERM"], 3, *ONE))
+    assert strike_drivers(undisturbed, tmp_path, ["driver", "SIGTERM"], 3, tally, *ONE).total() == 2
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", range(2))
 def test_fifty_killed_drivers_change_no_byte(part: int, undisturbed: Undisturbed, tmp_path: Path, tally: Tally) -> None:
-    tally(strike_drivers(undisturbed, tmp_path, ["driver"] * 25, 10 + part, *ONE))
+    moments = strike_drivers(undisturbed, tmp_path, ["driver"] * 25, 10 + part, tally, *ONE)
+    assert moments.total() == 25
+    assert len(moments) >= 4  # all along a driver's way
 
 
 @pytest.mark.faults
@@ -127,4 +134,4 @@ def test_fifty_killed_drivers_change_no_byte(part: int, undisturbed: Undisturbed
 def test_dead_raylets_and_terminated_drivers_change_no_byte(
     how: str, undisturbed: Undisturbed, tmp_path: Path, tally: Tally
 ) -> None:
-    tally(strike_drivers(undisturbed, tmp_path, [how] * 6, 20, *ONE))
+    assert strike_drivers(undisturbed, tmp_path, [how] * 6, 20, tally, *ONE).total() == 6

@@ -14,7 +14,7 @@ from raystudy.config import Experiment, load_experiment
 from raystudy.errors import StudyError
 from raystudy.orchestrate import plan_text
 from raystudy.orchestrate.cost import Cost
-from tests.cohorts.hospitals import COLUMNS, films_of
+from tests.cohorts.hospitals import COLUMNS, films_of, shared
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -43,6 +43,19 @@ def test_time_on_a_gpu_that_is_not_here_is_unknown(
     found = cost("demo.yaml", capsys, tmp_path, "resources.gpus=0.25")
     assert found["seconds"] == "unknown"
     assert found["trials"] == 22
+
+
+def test_the_study_of_real_films_has_its_22_trials_and_all_its_cells(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folders = [f"sources.{source}.root={shared('data', 'xray')}" for source in ("H1", "H2")]
+    experiment = load_experiment(
+        EXPERIMENTS / "xray_sample.yaml", [f"storage={tmp_path}", "resources.gpus=1", *folders]
+    )
+    found = json.loads(printed(experiment, capsys, as_json=True))
+    assert found["cost"]["trials"] == 22
+    assert found["patients_in_two_splits"] == 0
+    assert all(cell["have"] >= cell["need"] > 0 for cell in found["cells"])
 
 
 def two_hospitals(root: Path, **changes: Any) -> Experiment:
