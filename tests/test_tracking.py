@@ -82,7 +82,7 @@ def test_a_run_that_somebody_deleted_is_made_again(tiny_study: TinyStudy, tmp_pa
     assert_mirrored_once(study, sqlite.uri)
 
 
-def test_the_numbers_of_a_running_trial_appear_within_fifteen_seconds(
+def test_the_numbers_of_a_running_trial_and_of_its_explanation_appear_within_fifteen_seconds(
     tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
 ) -> None:
     study = Study(open_storage(tmp_path).child("tiny"))
@@ -97,11 +97,18 @@ def test_the_numbers_of_a_running_trial_appear_within_fifteen_seconds(
     second = next(steps)
     trial_id = second.split()[0]
     assert (first, second) == (f"{trial_id} started", f"{trial_id} epoch")
-    while (trial_id, "val_accuracy", 1) not in {n[:3] for n in numbers(sqlite.uri, "tiny")}:
-        assert time.monotonic() < wrote + 15
-        time.sleep(0.2)
+
+    def wait_for(metric: str, step: int) -> None:
+        while (trial_id, metric, step) not in {n[:3] for n in numbers(sqlite.uri, "tiny")}:
+            assert time.monotonic() < wrote + 15
+            time.sleep(0.2)
+
+    wait_for("val_accuracy", 1)
     running = next(r for r in runs(sqlite.uri, "tiny") if r.data.tags["raystudy.trial_id"] == trial_id)
     assert running.info.status == "RUNNING"
+    assert next(s for s in steps if s == f"{trial_id} explained")
+    wrote = time.monotonic()
+    wait_for("average_drop_prp", 0)
     for _ in steps:
         pass
     assert mirror.close()
