@@ -22,6 +22,7 @@ from rich.table import Column, Table
 
 ROOT = Path(__file__).parents[1]
 RELEVANCE, PROTOPNET, EVALUATE = "tests/relevance", "tests/protopnet", "tests/evaluate"
+PAIRS = "tests/test_explanation_faithfulness.py"
 
 
 class Mutation(NamedTuple):
@@ -479,6 +480,33 @@ MUTATIONS = [
         "weights=self.weight * values) / np.bincount(row, weights=self.weight)",
         "weights=values) / np.bincount(row)",
         EVALUATE,
+    ),
+    Mutation(
+        19,
+        "PRP's maps rank for ProtoPNet",
+        "explanation_faithfulness.py",
+        '"protopnet": ranked(heat.cpu().numpy()),',
+        '"protopnet": ranked(prp),',
+        PAIRS,
+    ),
+    Mutation(
+        19, "maps of the other prototypes", "explanation_faithfulness.py", "ranked(prp),", "ranked(prp[::-1]),", PAIRS
+    ),
+    Mutation(
+        19,
+        "upsampling always bilinear",
+        "explanation_faithfulness.py",
+        "size, settings.upsampling)",
+        'size, "bilinear")',
+        PAIRS,
+    ),
+    Mutation(
+        19,
+        "distance for similarity in the heat map",
+        "explanation_faithfulness.py",
+        "log_similarity(output.distances[0])",
+        "-output.distances[0]",
+        PAIRS,
     ),
     Mutation(
         20,
