@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from raystudy.protopnet.model import check_finite
 from raystudy.protopnet.normalise import MEAN, STD
 from raystudy.streams import stream
 
@@ -115,15 +116,17 @@ def masked_similarities(
 
     Raises
     ------
-    ValueError for a model in training mode, other shapes, or an image that is not finite, before any work.
+    ValueError for a model in training mode or not finite, other shapes, pixels that are not finite, before any work.
     """
     if any(module.training for module in model.modules()):
         raise ValueError("masked images are scored in eval mode: call model.eval() first")
     if image.ndim != 3 or image.shape[0] != 3 or noise.shape != image.shape or masks.shape[1:] != image.shape[1:]:
         shapes = f"{tuple(image.shape)}, {tuple(noise.shape)} and {tuple(masks.shape)}"
         raise ValueError(f"image and noise must be (3, H, W) and masks (K, H, W), not {shapes}")
-    if not bool(torch.isfinite(image).all()):
-        raise ValueError("the image must be finite: a pixel is NaN or infinite")
+    for name, pixels in (("image", image), ("noise", noise)):
+        if not bool(torch.isfinite(pixels).all()):
+            raise ValueError(f"the {name} must be finite: a pixel is NaN or infinite")
+    check_finite(model)
     parts = [
         model(masked_images(image, masks[at : at + batch_size], noise)).similarities
         for at in range(0, len(masks), batch_size)

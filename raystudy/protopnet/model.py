@@ -166,11 +166,22 @@ class ProtoPNet(nn.Module):
             similarities = log_similarity(distances.flatten(2).amin(2))  # N, P
             return ProtoPNetOutput(self.last_layer(similarities), similarities, distances, features)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the add-on's output (N, D, h, w)."""
+    def features(self, images: Tensor, *, finite: bool = False) -> Tensor:
+        """Return the add-on's output (N, D, h, w).
+
+        ``finite`` refuses (ValueError) what overflows before the sigmoid, which would hide it; the device is asked for
+        a value then.
+        """
         self.check_images(images)
         with torch.autocast(images.device.type, enabled=False):
-            return self.add_on(self.backbone(images.to(self.prototypes.dtype)))
+            maps = self.backbone(images.to(self.prototypes.dtype))
+            if not finite:
+                return self.add_on(maps)
+            first = self.add_on[0](maps)
+            last = self.add_on[2](self.add_on[1](first))
+            if not bool(torch.isfinite(maps.sum() + first.sum() + last.sum())):
+                raise ValueError("activations must be finite: the network overflows on these images")
+            return self.add_on[3](last)
 
     def distances_of(self, features: Tensor) -> Tensor:
         """Return squared L2 distances (N, P, h, w): relu(sum z^2 - 2 <z, p> + sum p^2).

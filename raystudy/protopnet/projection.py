@@ -45,19 +45,27 @@ def project_prototypes(
     Parameters
     ----------
     model : in eval mode.
-    images : normalised (N, 3, H, W), or an iterable of such batches, in the order of `labels`.
-    labels : (N,) class numbers.
+    images : normalised (N, 3, H, W), or an iterable of such batches, in the order of `labels`; each batch of an
+        iterable is checked when it comes.
+    labels : (N,) whole class numbers.
     image_ids : N names, for the record.
 
     Raises
     ------
-    ValueError : training mode, weights or features not finite, a class without images, lengths that differ. The model
-        is then unchanged.
+    ValueError : training mode; weights, pixels or activations not finite; images that are none, or of several sizes; a
+        class without images; lengths that differ.  The model is then unchanged.
     """
     check_projection(model, labels)
     _check_lengths(images if isinstance(images, Tensor) else labels, labels, image_ids)
     batches: Iterable[Tensor] = torch.split(images, batch_size) if isinstance(images, Tensor) else images
-    features = torch.cat([model.features(batch) for batch in batches])  # N, D, h, w
+    if isinstance(images, Tensor):
+        _check_pixels(model, images, None)
+    parts: list[Tensor] = []
+    size: torch.Size | None = None
+    for batch in batches:
+        size = _check_pixels(model, batch, size)
+        parts.append(model.features(batch, finite=True))
+    features = torch.cat(parts)  # N, D, h, w
     return project_features(model, features, labels, image_ids)
 
 
@@ -69,6 +77,8 @@ def project_features(
     check_projection(model, labels)
     _check_lengths(features, labels, image_ids)
     nearest = nearest_patches(model, features, labels, chunk=chunk)
+    if not bool(torch.isfinite(nearest.distances).all()):
+        raise ValueError("distances must be finite: the prototypes are too large to compare with")
     columns = features.shape[3]
     images, cells = _integers(nearest.images), _integers(nearest.cells)
     model.prototypes.copy_(nearest.vectors[:, :, None, None])
@@ -136,12 +146,24 @@ def check_projection(model: ProtoPNet, labels: Tensor) -> None:
     if any(module.training for module in model.modules()):
         raise ValueError("projection needs the model in eval mode: call model.eval() first")
     check_finite(model)
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be (N,) whole class numbers, not {tuple(labels.shape)} {labels.dtype}")
     present, classes = set(_integers(labels)), set(range(model.num_classes))
     if present - classes:
         raise ValueError(f"labels must lie in 0..{model.num_classes - 1}, not {min(present - classes)}")
     empty = sorted(classes - present)
     if empty:
         raise ValueError(f"class {empty[0]} has no image, its prototypes would have no source")
+
+
+def _check_pixels(model: ProtoPNet, images: Tensor, size: torch.Size | None) -> torch.Size:
+    """Refuse images that are none, not finite, or of another size than the first; return their size."""
+    model.check_images(images)
+    if size is not None and images.shape[1:] != size:
+        raise ValueError(f"all images must have one size, not {tuple(size)} and {tuple(images.shape[1:])}")
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError("images must be finite: a pixel is NaN or infinite")
+    return images.shape[1:]
 
 
 def _check_lengths(images: Tensor, labels: Tensor, image_ids: Sequence[str]) -> None:

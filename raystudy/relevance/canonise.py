@@ -7,7 +7,6 @@ epsilon of its own, unlike in the published code) and works on new tensors: the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -134,27 +133,13 @@ def _add_on(layers: Iterable[nn.Module], dtype: torch.dtype) -> tuple[Conv, Conv
     return first, second
 
 
-def read(model: nn.Module) -> tuple[object, ...]:
-    """Check that a model can be explained and return what identifies its present state.
-
-    Two equal results mean the same structure, tensors, versions and sums: enough to keep what was prepared from it.
-
-    Raises
-    ------
-    ValueError
-        The model is in training mode, or holds a NaN or an infinity.
-    """
+def check_readable(model: nn.Module) -> None:
+    """Refuse a model in training mode, or with a NaN or an infinity."""
     if any(module.training for module in model.modules()):
         raise ValueError("relevance explains a model in eval mode: call model.eval() first")
-    state: list[object] = [repr(model)]
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            total = float(tensor.detach().sum()) if tensor.is_floating_point() else 0.0
-            if not math.isfinite(total):
-                raise ValueError(f"{name} holds a NaN or an infinity: weights must be finite")
-            version = 0 if tensor.is_inference() else tensor._version
-            state.append((name, tensor.data_ptr(), tuple(tensor.shape), version, total))
-    return tuple(state)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds a NaN or an infinity: weights must be finite")
 
 
 def canonise(model: nn.Module, dtype: torch.dtype = torch.float32) -> Network:
@@ -165,7 +150,7 @@ def canonise(model: nn.Module, dtype: torch.dtype = torch.float32) -> Network:
     ValueError
         The model is in training mode, holds a NaN or an infinity, or has a layer without a rule.
     """
-    read(model)
+    check_readable(model)
     backbone = model.get_submodule("backbone")
     with torch.no_grad():
         blocks = [

@@ -6,7 +6,6 @@ model is only read: no parameter, buffer, mode, flag or random generator changes
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raystudy.protopnet.model import log_similarity
-from raystudy.relevance.canonise import canonise, read
+from raystudy.relevance.canonise import canonise
 from raystudy.relevance.rules import L2_EPS, RULE_SETS, similarity_start
 from raystudy.relevance.tape import RuleNetwork, Tape
 
@@ -58,9 +57,14 @@ def _exact(device: torch.device) -> Generator[None]:
         if device.type != "cuda":
             yield
             return
-        cudnn = torch.backends.cudnn
-        with cudnn.flags(enabled=True, benchmark=False, deterministic=cudnn.deterministic, allow_tf32=False):
-            yield
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        tf32 = matmul.allow_tf32
+        matmul.allow_tf32 = False
+        try:
+            with cudnn.flags(enabled=True, benchmark=False, deterministic=cudnn.deterministic, allow_tf32=False):
+                yield
+        finally:
+            matmul.allow_tf32 = tf32
 
 
 class PrototypeExplainer:
@@ -140,11 +144,17 @@ class PrototypeExplainer:
         if not 0 <= int(indices.min()) <= int(indices.max()) < self.n_prototypes:
             raise ValueError(f"prototypes must lie in 0..{self.n_prototypes - 1}")
 
+    def _check_cells(self, images: Tensor, cells: Tensor, k: int) -> None:
+        height, width = (-(-side // self._network.stride) for side in images.shape[2:])
+        if cells.shape != (len(images), k, 2) or cells.dtype != torch.int64:
+            raise ValueError(f"cells must be ({len(images)}, {k}, 2) int64, not {tuple(cells.shape)} {cells.dtype}")
+        row, column = cells.unbind(2)
+        if bool(((row < 0) | (row >= height) | (column < 0) | (column >= width)).any()):
+            raise ValueError(f"cells must lie in the {height} x {width} feature grid")
+
     def _scores(self, tape: Tape, indices: Tensor, cells: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Scores (N, K), flat cells (N, K; the arg-max unless given) and patches (N, K, D) of the chosen prototypes."""
         z = tape.features.flatten(2)  # N, D, h w
-        if not bool(torch.isfinite(z).all()):
-            raise ValueError("the features hold a NaN or an infinity: activations must be finite")
         chosen = self._network.prototypes[indices]  # N, K, D
         distances = (z.square().sum(1, keepdim=True) - 2 * (chosen @ z) + chosen.square().sum(2, keepdim=True)).relu()
         cells = distances.argmin(2) if cells is None else self._flat(tape, cells)  # N, K; the first on ties
@@ -163,11 +173,8 @@ class PrototypeExplainer:
 
     def _flat(self, tape: Tape, cells: Tensor) -> Tensor:
         """Row and column (N, K, 2) to positions (N, K) in the feature grid."""
-        height, width = tape.features.shape[2:]
         row, column = cells.to(self.device).unbind(2)
-        if bool(((row < 0) | (row >= height) | (column < 0) | (column >= width)).any()):
-            raise ValueError(f"cells must lie in the {height} x {width} feature grid")
-        return row * width + column
+        return row * tape.features.shape[3] + column
 
     def __call__(
         self,
@@ -184,7 +191,11 @@ class PrototypeExplainer:
         """
         prototypes = prototypes.to(self.device)
         self._check(images, prototypes)
+        if cells is not None:
+            self._check_cells(images, cells, prototypes.shape[1])
         seeds = torch.as_tensor(seed_values, dtype=self._network.prototypes.dtype, device=self.device)
+        if not bool(torch.isfinite(seeds).all()):
+            raise ValueError("seed values must be finite")
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         with _exact(self.device):
             seeds = seeds.expand(prototypes.shape)
@@ -214,7 +225,11 @@ class PrototypeExplainer:
         -------
         (N, K, H, W) maps.
         """
-        self._check(images, torch.zeros(cells.shape[:2], dtype=torch.int64, device=self.device))
+        width = self._network.prototypes.shape[1]
+        if features.dim() != 3 or features.shape[2] != width or not bool(torch.isfinite(features).all()):
+            raise ValueError(f"features must be finite and (N, K, {width}), not {tuple(features.shape)}")
+        self._check(images, torch.zeros(features.shape[:2], dtype=torch.int64, device=self.device))
+        self._check_cells(images, cells, features.shape[1])
         maps: list[Tensor] = []
         with _exact(self.device):
             for i in range(len(images)):
@@ -241,8 +256,7 @@ def prototype_relevance(
     model : ProtoPNet in eval mode; it is only read.
     images : (N, 3, H, W), normalised.
     prototypes : (N, K) int64, the prototypes to explain in each image.
-    rule, l2_power, l2_eps, precision : see ``PrototypeExplainer``.  The last preparation is kept until the model is
-        changed or gone; ``PrototypeExplainer`` gives a hold on it.
+    rule, l2_power, l2_eps, precision : see ``PrototypeExplainer``.  The model is read anew in every call.
     seed_values : relevance of the scores, broadcast against (N, K); 1 as the published code.
 
     Returns
@@ -254,19 +268,5 @@ def prototype_relevance(
     ValueError
         Before any work, with the rule that was broken (model mode and finiteness, shapes, index range, settings).
     """
-    explainer = _prepared(model, rule, l2_power, l2_eps, precision)
-    return explainer(images, prototypes, seed_values=seed_values)
-
-
-_last: list[tuple[weakref.ref[nn.Module], tuple[object, ...], PrototypeExplainer]] = []
-
-
-def _prepared(model: nn.Module, rule: str, l2_power: int, l2_eps: float, precision: Precision) -> PrototypeExplainer:
-    """Prepare a model, or return the last preparation while the model and the settings are still the same."""
-    key = (RULE_SETS.get(rule), l2_power, l2_eps, precision, read(model))
-    for owner, known, explainer in _last[:]:
-        if owner() is model and known == key:
-            return explainer
     explainer = PrototypeExplainer(model, rule, l2_power, l2_eps=l2_eps, precision=precision)
-    _last[:] = [(weakref.ref(model, lambda _: _last.clear()), key, explainer)]
-    return explainer
+    return explainer(images, prototypes, seed_values=seed_values)

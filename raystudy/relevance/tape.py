@@ -101,6 +101,7 @@ class BlockRecord:
     """What a block's forward pass leaves: its output and the factors of the pass back."""
 
     output: Tensor  # (N, C, h, w)
+    total: Tensor  # (), sum of the convolutions' outputs and Z: finite where they are
     sizes: tuple[Size, ...]  # of each convolution's input
     factors: tuple[Tensor, ...]
     shortcut: Tensor  # factor of the shortcut convolution, or the share that passes an identity
@@ -111,6 +112,7 @@ def record_block(rule: BlockRule, x: Tensor) -> BlockRecord:
     sizes: list[Size] = []
     denominators: list[Tensor] = []
     shares: list[Tensor] = []
+    total = x.new_zeros(())
     a = y = x
     for i, conv in enumerate(rule.convs):
         if i:
@@ -118,11 +120,13 @@ def record_block(rule: BlockRule, x: Tensor) -> BlockRecord:
             shares.append(a)
         sizes.append((a.shape[2], a.shape[3]))
         y, z = conv.forward(a)
+        total = total + y.sum() + z.sum()
         denominators.append(z)
     if rule.shortcut is None:
         v, over = x, None
     else:
         v, over = rule.shortcut.forward(x)
+        total = total + v.sum() + over.sum()
     t = y + v
     share = rules.residual_share(t)
     factors = [ConvRule.factor(s, z) for s, z in zip([*shares, y * share], denominators, strict=True)]
@@ -130,7 +134,7 @@ def record_block(rule: BlockRule, x: Tensor) -> BlockRecord:
         shortcut = share.to(factors[-1].dtype)
     else:
         shortcut = ConvRule.factor(v * share, over)
-    return BlockRecord(t.relu_(), tuple(sizes), tuple(factors), shortcut)
+    return BlockRecord(t.relu_(), total, tuple(sizes), tuple(factors), shortcut)
 
 
 def back_block(rule: BlockRule, record: BlockRecord, g: Tensor) -> Tensor:
@@ -194,9 +198,15 @@ class RuleNetwork:
         return self._box_z[size]
 
     def record(self, images: Tensor) -> Tape:
-        """Run the forward pass of (N, 3, H, W) normalised images."""
+        """Run the forward pass of (N, 3, H, W) normalised images.
+
+        Raises
+        ------
+        ValueError : the network overflows on them; a ReLU, a sigmoid or a division would hide it from the maps.
+        """
         x = images.to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last)
         plain = F.conv2d(x, self.stem.weight, None, self.stem.stride, self.stem.padding)  # N, 64, H/2, W/2
+        total = plain.sum()
         z = rules.stabilise(plain - self._box_denominator((x.shape[2], x.shape[3])), rules.BOX_EPS)
         pool = self.network.pool
         a = plain.add_(self.stem.bias.view(1, -1, 1, 1)).relu_()
@@ -208,9 +218,14 @@ class RuleNetwork:
         for rule in self.blocks:
             blocks.append(record_block(rule, a_block))
             a_block = blocks[-1].output
+            total = total + blocks[-1].total
         first, second = (rule.conv for rule in self.add_on)
-        hidden = F.conv2d(a_block, first.weight, first.bias).relu_()
-        features = F.conv2d(hidden, second.weight, second.bias).sigmoid_()
+        hidden = F.conv2d(a_block, first.weight, first.bias)
+        total = total + hidden.sum()
+        features = F.conv2d(hidden.relu_(), second.weight, second.bias)
+        if not bool(torch.isfinite(total + features.sum())):
+            raise ValueError("activations must be finite: the network overflows on these images")
+        features.sigmoid_()
         stem_size = (a.shape[2], a.shape[3])
         return Tape(x, stem_size, winners, pooled, pool_factor, tuple(blocks), hidden, features)
 

@@ -116,6 +116,14 @@ class Brightest(torch.nn.Module):
         return type("Output", (), {"similarities": torch.stack([h.amax((1, 2, 3)) for h in halves], dim=1)})()
 
 
+class NotFinite(Brightest):
+    """The same with a weight that is no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor([1.0, torch.nan]))
+
+
 def test_scores_do_not_depend_on_how_many_masked_images_go_together() -> None:
     image = normalise(
         torch.randint(0, 256, (1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -135,7 +143,9 @@ def test_scores_do_not_depend_on_how_many_masked_images_go_together() -> None:
         ({"image": torch.zeros(3, 8, 9)}, r"masks \(K, H, W\)"),
         ({"noise": torch.zeros(1, 8, 8)}, r"image and noise must be \(3, H, W\)"),
         ({"masks": torch.zeros(2, 9, 8, dtype=torch.bool)}, r"masks \(K, H, W\)"),
-        ({"image": torch.full((3, 8, 8), torch.nan)}, "a pixel is NaN"),
+        ({"image": torch.full((3, 8, 8), torch.nan)}, "the image must be finite: a pixel is NaN"),
+        ({"noise": torch.full((3, 8, 8), torch.inf)}, "the noise must be finite: a pixel is NaN"),
+        ({"model": NotFinite().eval()}, "weights must be finite, gain"),
     ],
 )
 def test_what_cannot_be_masked_or_scored_is_refused_by_rule(changed: dict[str, Any], rule: str) -> None:

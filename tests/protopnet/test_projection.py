@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from raystudy.protopnet import ProjectionRecord, ProtoPNet, project_prototypes
 from raystudy.protopnet.projection import NearestPatches, merge_patches, nearest_patches, project_features
@@ -200,9 +201,49 @@ def test_weights_and_activations_that_are_not_finite_are_refused() -> None:
     with torch.no_grad():
         model.prototypes[3, 1] = torch.nan
     refused("weights must be finite, prototypes", model, films(), LABELS, IDS)
-    x = films()
-    x[4, 0, 3, 3] = torch.nan
-    refused("features must be finite", network(), x, LABELS, IDS)
+    for entry in (1e38, -1e38):  # a ReLU and a sigmoid follow and would hide it
+        model = network()
+        with torch.no_grad():
+            model.add_on[0].weight[0] = entry
+        refused("activations must be finite", model, films(), LABELS, IDS)
+    model = network()
+    with torch.no_grad():
+        model.prototypes.fill_(1e30)
+    refused("distances must be finite", model, films(), LABELS, IDS)
+
+
+def test_labels_that_are_no_whole_numbers_are_refused() -> None:
+    refused("whole class numbers", network(), films(), LABELS + 0.5, IDS)
+    refused("whole class numbers", network(), films(), LABELS[:, None], IDS)
+
+
+class Counting(ProtoPNet):
+    """Counts the films that go through the network."""
+
+    seen = 0
+
+    def features(self, images: Tensor, *, finite: bool = False) -> Tensor:
+        self.seen += len(images)
+        return super().features(images, finite=finite)
+
+
+def test_pixels_that_are_not_finite_are_refused_before_any_work() -> None:
+    model, x = Counting("resnet18", 3, 2, 8, 1).eval(), films()
+    x[-1, 0, 3, 3] = torch.nan
+    refused("a pixel is NaN", model, x, LABELS, IDS)
+    assert model.seen == 0
+
+
+def test_images_of_several_sizes_are_refused() -> None:
+    def batches() -> Iterator[Tensor]:
+        yield films()[:5]
+        yield F.pad(films()[5:], (0, 32, 0, 32))
+
+    model = network()
+    before = model.prototypes.detach().clone()
+    with pytest.raises(ValueError, match="all images must have one size"):
+        project_prototypes(model, batches(), LABELS, IDS)
+    assert torch.equal(model.prototypes, before)
 
 
 def test_lengths_that_differ_are_refused_before_any_work() -> None:

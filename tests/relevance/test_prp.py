@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
+import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.zennit_prp import ZennitPRP
 from raystudy.protopnet import ProtoPNet
-from raystudy.relevance import RULE_SETS, PrototypeExplainer, prototype_relevance, prp
+from raystudy.relevance import RULE_SETS, PrototypeExplainer, prototype_relevance, rules
 from raystudy.relevance.canonise import canonise
 from raystudy.relevance.tape import RuleNetwork
 from tests.relevance.nets import random_images, random_net
@@ -84,6 +84,61 @@ def test_relevance_is_conserved_at_every_boundary(rule: str) -> None:
     assert list(layers) == ["layer4", "layer3", "layer2", "layer1", "maxpool"]
     for values in layers.values():
         torch.testing.assert_close(values.sum((2, 3, 4)), torch.ones(2, 2), rtol=0, atol=1e-3)
+
+
+@pytest.fixture
+def no_eps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stabiliser so small that float64 does not see it."""
+    for name in ("BOX_EPS", "NORMALISER_EPS"):
+        monkeypatch.setattr(f"raystudy.relevance.rules.{name}", 1e-300)
+    monkeypatch.setattr("raystudy.relevance.rules.residual_share", partial(rules.residual_share, eps=1e-300))
+
+
+@pytest.mark.usefixtures("no_eps")
+@pytest.mark.parametrize("rule", list(RULE_SETS))
+def test_without_stabilisers_nothing_is_lost(rule: str) -> None:
+    net, images = random_net("resnet34", dim=64, layers=3), random_images(2, 96)
+    result = PrototypeExplainer(net, rule, precision="float64")(images, torch.tensor([[0, 1], [4, 5]]))
+    torch.testing.assert_close(result.features.sum(2), torch.ones(2, 2, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(result.maps.sum((2, 3)), torch.ones(2, 2, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def without_biases(net: ProtoPNet, *, negative: bool) -> ProtoPNet:
+    """The network in float64 whose every layer is linear or a ReLU; without a negative weight where asked."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.zero_()
+            torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, torch.nn.Conv2d) and module.bias is not None:
+            torch.nn.init.zeros_(module.bias)
+    if not negative:
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                if name != "prototypes":
+                    parameter.abs_()
+    return net.double()
+
+
+@pytest.mark.usefixtures("no_eps")
+@pytest.mark.parametrize("negative", [False, True], ids=["z+ without negative weights", "eps rule"])
+def test_relevance_at_the_pools_output_is_gradient_times_input(negative: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULE_SETS, "zero", rules.RuleSet((0.0,) * 5))  # γ = 0: LRP-0, the eps rule without its eps
+    net, images = without_biases(random_net(layers=3), negative=negative), random_images(1, 64).double()
+    network = RuleNetwork(canonise(net, torch.float64), RULE_SETS["zero" if negative else "published"], torch.float64)
+    layers: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        tape = network.record(images)
+        relevance = torch.randn(16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        row, column = 1, 2
+        cell = torch.tensor([[row * tape.features.shape[3] + column]])
+        network.relevance(tape, cell, relevance.view(1, 1, -1), layers)
+    h = tape.pooled.detach().clone().requires_grad_()
+    a = h
+    for stage in net.backbone.stages:
+        a = net.backbone.get_submodule(stage)(a)
+    z = net.add_on[2](net.add_on[1](net.add_on[0](a)))[0, :, row, column]
+    (gradient,) = torch.autograd.grad((z * (relevance / z).detach()).sum(), h)
+    assert relative(layers["maxpool"][0, 0], (h * gradient)[0].detach()) < 1e-8
 
 
 def test_maps_are_linear_in_the_seed() -> None:
@@ -169,7 +224,7 @@ def test_explaining_changes_nothing(precision: str) -> None:
         parameter.requires_grad_(i % 2 == 0)
     kept = images.clone()
     before, twin = state_of(net), copy.deepcopy(net)
-    generators = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    generators = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     switches = torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()
     prototype_relevance(net, images, torch.tensor([[0], [1]]), precision=precision)
     after = state_of(net)
@@ -178,6 +233,7 @@ def test_explaining_changes_nothing(precision: str) -> None:
     assert torch.equal(images, kept)
     assert torch.equal(generators[0], torch.get_rng_state())
     assert np.array_equal(generators[1], np.random.get_state()[1])  # noqa: NPY002
+    assert generators[2] == random.getstate()
     assert switches == (torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype())
     assert torch.equal(net(images).logits, twin(images).logits)
 
@@ -199,25 +255,22 @@ def test_a_second_call_sees_every_change_of_the_model() -> None:
     def other_eps() -> None:
         norm.eps = 0.5
 
+    def swap_behind_autograds_back() -> None:  # no sum and no version moves
+        net.prototypes.data[:2] = net.prototypes.data[:2].flip(0).clone()
+
+    def swap_in_inference_mode() -> None:
+        with torch.inference_mode():
+            net.prototypes[:2] = net.prototypes[:2].flip(0).clone()
+
     last = prototype_relevance(net, images, prototypes).maps
     assert torch.equal(prototype_relevance(net, images, prototypes).maps, last)
-    for change in (scale_in_place, scale_behind_autograds_back, load, other_eps):
+    changes = (scale_in_place, scale_behind_autograds_back, load, other_eps, swap_behind_autograds_back)
+    for change in (*changes, swap_in_inference_mode):
         change()
         now = prototype_relevance(net, images, prototypes).maps
         assert not torch.equal(now, last), change.__name__
         assert torch.equal(now, PrototypeExplainer(net)(images, prototypes).maps), change.__name__
         last = now
-
-
-def test_the_kept_preparation_goes_with_its_model() -> None:
-    net = random_net(layers=1)
-    prototype_relevance(net, random_images(1), torch.tensor([[0]]))
-    assert prp._last
-    owner = weakref.ref(net)
-    del net
-    gc.collect()
-    assert owner() is None
-    assert not prp._last
 
 
 def test_autocast_around_the_call_changes_nothing() -> None:
@@ -288,7 +341,54 @@ def test_nan_weights_and_infinite_activations_are_refused() -> None:
         prototype_relevance(net, random_images(1), one())
 
 
-def test_cells_outside_the_grid_are_refused() -> None:
-    explainer = PrototypeExplainer(random_net())
-    with pytest.raises(ValueError, match="2 x 2 feature grid"):
-        explainer(random_images(1), one(), cells=torch.tensor([[[2, 0]]]))
+@pytest.mark.parametrize("entry", [1e38, -1e38])
+def test_an_overflow_that_a_relu_would_hide_is_refused(entry: float) -> None:
+    net = random_net(layers=2)
+    with torch.no_grad():
+        net.add_on[0].weight[0] = entry
+    with pytest.raises(ValueError, match="activations must be finite"):
+        prototype_relevance(net, random_images(1), one())
+    net = random_net(layers=2)
+    with torch.no_grad():
+        net.backbone.get_submodule("layer1.0.conv1").weight[0] = entry
+    with pytest.raises(ValueError, match="activations must be finite"):
+        prototype_relevance(net, random_images(1), one())
+
+
+def test_large_finite_weights_are_no_infinity() -> None:
+    net = random_net(layers=2)
+    net.backbone.bn1.running_var[:] = 1e37  # its sum is infinite
+    prototype_relevance(net, random_images(1), one())
+
+
+CELL = torch.tensor([[[1, 1]]])
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"cells": torch.tensor([[[2, 0]]])}, "2 x 2 feature grid"),
+        ({"cells": torch.tensor([[[0, -1]]])}, "2 x 2 feature grid"),
+        ({"cells": torch.tensor([[1, 1]])}, r"cells must be \(1, 1, 2\) int64"),
+        ({"cells": CELL.float()}, r"cells must be \(1, 1, 2\) int64"),
+        ({"seed_values": float("nan")}, "seed values must be finite"),
+    ],
+)
+def test_cells_and_seeds_that_cannot_be_are_refused(given: dict[str, object], rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        PrototypeExplainer(random_net())(random_images(1), one(), **given)
+
+
+@pytest.mark.parametrize(
+    ("cells", "features", "rule"),
+    [
+        (CELL, torch.full((1, 1, 16), torch.nan), r"features must be finite and \(N, K, 16\)"),
+        (CELL, torch.zeros(1, 1, 15), r"features must be finite and \(N, K, 16\)"),
+        (CELL, torch.zeros(1, 16), r"features must be finite and \(N, K, 16\)"),
+        (CELL + 1, torch.zeros(1, 1, 16), "2 x 2 feature grid"),
+        (CELL[0], torch.zeros(1, 1, 16), r"cells must be \(1, 1, 2\) int64"),
+    ],
+)
+def test_feature_relevance_that_cannot_be_is_refused(cells: torch.Tensor, features: torch.Tensor, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        PrototypeExplainer(random_net()).from_features(random_images(1), cells, features)
