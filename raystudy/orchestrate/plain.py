@@ -33,14 +33,16 @@ def run_plain(run: Run) -> None:
 
 
 def _suggested(run: Run, waiting: deque[PlannedTrial]) -> bool:
-    suggestion = run.book.suggest() if run.book is not None and run.todo.suggestions else None
-    if run.book is None or suggestion is None:
-        return False
-    trials = run.book.planned(suggestion)
-    run.ledger.prepare_trials(trials)
-    run.ledger.write_plan(run.book.trials.values())
-    waiting.extend(trials)
-    return True
+    """Queue the trials of the next suggestion that brings any; return False when the search has suggested enough."""
+    while run.book is not None and run.todo.suggestions and not waiting:
+        suggestion = run.book.suggest()
+        if suggestion is None:
+            break
+        trials = run.book.planned(suggestion)
+        run.ledger.prepare_trials(trials)
+        run.ledger.write_plan(run.book.trials.values())
+        waiting.extend(trials)
+    return bool(waiting)
 
 
 def _explain(run: Run, trial: PlannedTrial, job: Job) -> None:

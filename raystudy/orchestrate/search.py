@@ -1,8 +1,9 @@
 """Hyperparameter search: which settings give the best validation accuracy; a test set is never looked at.
 
 A suggestion is one set of values; it is tried on every task, seed and chosen mixture, and its objective is the mean
-validation accuracy of these trials.  Suggestions are written before they start, observations when they are made, stops
-before they happen; a search that was interrupted reads them back and goes on as if nothing had been.
+validation accuracy of these trials.  The same values may be suggested again: they are the same trials, trained once.
+Suggestions are written before they start, observations when they are made, stops before they happen; a search that was
+interrupted reads them back and goes on as if nothing had been.
 
     search/suggestions/000007.json   {"number", "values"}
     search/observations/000007.json  {"number", "objective", "trials"}
@@ -57,7 +58,7 @@ class SearchBook:
     suggestions: list[Suggestion] = field(default_factory=list[Suggestion])
     observed: dict[int, float] = field(default_factory=dict[int, float])
     trials: dict[str, PlannedTrial] = field(default_factory=dict[str, PlannedTrial])
-    _of_trial: dict[str, int] = field(default_factory=dict[str, int])
+    _of_trial: dict[str, list[int]] = field(default_factory=dict[str, list[int]])  # a trial's suggestions
     _values: dict[int, dict[str, float | None]] = field(default_factory=dict[int, dict[str, float | None]])
     _lock: threading.RLock = field(default_factory=threading.RLock)  # Tune's thread suggests, the driver's observes
 
@@ -90,11 +91,9 @@ class SearchBook:
             kept = read_sealed(storage, path) or {}
             if int(kept["number"]) in {suggestion.number for suggestion in self.suggestions}:
                 self.observed[int(kept["number"])] = float(kept["objective"])
-        for trial_id, number in self._of_trial.items():
-            if number not in self.observed:  # it ended between its result and its observation
-                value = value_of(self.study, trial_id)
-                if value is not None:
-                    self._observe(trial_id, value)
+        for trial_id, numbers in self._of_trial.items():
+            if not self.observed.keys() >= set(numbers):  # it ended between its result and its observation
+                self._observe_known(trial_id)
 
     @property
     def wants_more(self) -> bool:
@@ -122,22 +121,36 @@ class SearchBook:
         write_sealed(self.study.storage, path, {"number": number, "values": values}, ())
         with self._lock:
             self._admit(suggestion)
+            for trial in self._trials_of(number):
+                if len(self._of_trial[trial.trial_id]) > 1:
+                    self._observe_known(trial.trial_id)
         return suggestion
 
     def planned(self, suggestion: Suggestion) -> list[PlannedTrial]:
-        """Return the trials of a suggestion."""
-        return [t for t in self.trials.values() if self._of_trial[t.trial_id] == suggestion.number]
+        """Return the trials that a suggestion has brought: none where its values were suggested before."""
+        return [t for t in self._trials_of(suggestion.number) if self._of_trial[t.trial_id][0] == suggestion.number]
+
+    def _trials_of(self, number: int) -> list[PlannedTrial]:
+        return [t for t in self.trials.values() if number in self._of_trial[t.trial_id]]
 
     def observe(self, trial_id: str, value: float | None) -> None:
         """Take a trial's validation accuracy (None: it failed); write the observation once all are there."""
         with self._lock:
             self._observe(trial_id, value)
 
+    def _observe_known(self, trial_id: str) -> None:
+        value = value_of(self.study, trial_id)
+        if value is not None:
+            self._observe(trial_id, value)
+
     def _observe(self, trial_id: str, value: float | None) -> None:
-        number = self._of_trial[trial_id]
+        for number in self._of_trial[trial_id]:
+            self._observe_for(number, trial_id, value)
+
+    def _observe_for(self, number: int, trial_id: str, value: float | None) -> None:
         values = self._values.setdefault(number, {})
         values[trial_id] = value
-        wanted = [t for t, n in self._of_trial.items() if n == number]
+        wanted = [t.trial_id for t in self._trials_of(number)]
         if set(values) < set(wanted) or number in self.observed:
             return
         known = [v for v in values.values() if v is not None]
@@ -158,7 +171,7 @@ class SearchBook:
         self.suggestions.append(suggestion)
         for trial in self._variant(suggestion.values):
             self.trials[trial.trial_id] = trial
-            self._of_trial[trial.trial_id] = suggestion.number
+            self._of_trial.setdefault(trial.trial_id, []).append(suggestion.number)
 
     def _variant(self, values: dict[str, Any]) -> list[PlannedTrial]:
         """Plan the trials of a suggestion on the cohorts that are drawn already."""

@@ -55,6 +55,30 @@ def test_an_interrupted_search_suggests_what_an_uninterrupted_one_does(
     assert texts(place) == whole
 
 
+@pytest.mark.parametrize("executor", ["plain", "ray"])
+def test_values_that_are_suggested_again_are_trained_once_and_observed_each_time(
+    executor: str, films: Path, place: Path
+) -> None:
+    space = {"model.prototypes_per_class": {"choice": [1, 2]}}
+    experiment = tiny.experiment(films, place, search={**SEARCH, "space": space, "trials": 5})
+    root = open_storage(place)
+    plan = plan_study(search_experiment(experiment), root)
+    outcome = run_study(plan, root, executor=executor, work=works.learn)
+    found = SearchBook(Study(root.child("tiny")), experiment, plan)
+    found.open()
+    values = [s.values["model.prototypes_per_class"] for s in found.suggestions]
+    assert len(values) == 5
+    assert outcome.trained == len(found.trials) == len(set(values))
+    events = {t: found.study.trial(t).read_events("events") for t in found.trials}
+    assert all([e["epoch"] for e in of_one].count(1) == 1 for of_one in events.values())
+    by_value = {
+        v: {found.observed[s.number] for s in found.suggestions if s.values == {"model.prototypes_per_class": v}}
+        for v in set(values)
+    }
+    assert set(found.observed) == set(range(5))
+    assert all(len(objectives) == 1 for objectives in by_value.values())
+
+
 def test_the_best_suggestion_is_the_one_with_the_best_validation_accuracy(films: Path, place: Path) -> None:
     search(films, place)
     found = book(films, place)
