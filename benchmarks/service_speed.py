@@ -23,6 +23,7 @@ from raystudy.orchestrate.assignment import Work
 from raystudy.orchestrate.driver import run_study
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.session import connect
+from raystudy.results import write_sealed
 from raystudy.status_text import table
 from raystudy.storage import open_storage
 from raystudy.study import Study
@@ -171,7 +172,7 @@ def _study_of(place: Path, n: int) -> Path:
             target = root / "trials" / trial_id / name
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(place / "studies" / "long" / "trials" / finished / name, target)
-    Study(open_storage(root)).storage.write_json("plan.json", {**source.plan(), "study": "status", "trials": ids})
+    write_sealed(open_storage(root), "plan.json", {**source.plan(), "study": "status", "trials": ids}, ())
     return file
 
 

@@ -43,16 +43,29 @@ def read_sealed(storage: Storage, path: str) -> dict[str, Any] | None:
         data = storage.read_bytes(path)
     except FileNotFoundError:
         return None
-    remedy = (
-        f"delete this file and run again: {'the trial is then trained' if path == RESULT else 'it is then made'} anew"
-    )
+    try:
+        return open_sealed(data)
+    except ValueError as error:
+        made = "the trial is then trained" if path == RESULT else "it is then made"
+        remedy = f"delete this file and run again: {made} anew"
+        raise DamagedFileError(f"the result is damaged: {error}", where=storage.address(path), remedy=remedy) from error
+
+
+def open_sealed(data: bytes) -> dict[str, Any]:
+    """Return the content of a sealed file, its checksum included.
+
+    Raises
+    ------
+    ValueError : it is not what was written.
+    """
     try:
         body = json.loads(data)
         checksum = body.pop("checksum")
-        if checksum != _checksum(body) or data != json_bytes({**body, "checksum": checksum}):
-            raise ValueError("it does not match its checksum")
+        whole = checksum == _checksum(body) and data == json_bytes({**body, "checksum": checksum})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"the result is damaged: {error}", where=storage.address(path), remedy=remedy) from error
+        raise ValueError(f"it is no sealed file ({error})") from error
+    if not whole:
+        raise ValueError("it does not match its checksum")
     return {**body, "checksum": checksum}
 
 

@@ -11,7 +11,14 @@ from rich.text import Span, Text
 from raystudy.study import STATES, StudyStatus, TrialStatus
 
 COLUMNS = ("trial", "state", "stage", "epoch", "images/s", "left", "validation", "explained")
-COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "diverged": "magenta", "interrupted": "yellow"}
+COLOURS = {
+    "finished": "green",
+    "running": "cyan",
+    "failed": "red",
+    "diverged": "magenta",
+    "interrupted": "yellow",
+    "stopped": "blue",
+}
 
 
 def as_dict(status: StudyStatus) -> dict[str, Any]:

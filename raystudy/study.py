@@ -8,6 +8,7 @@ module; nothing here needs Ray, MLflow or torch.  Layout::
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -25,11 +26,13 @@ import yaml
 from raystudy.errors import DamagedFileError, StudyError
 from raystudy.images.array import ImageArray
 from raystudy.images.store import FOLDER, load_pixels, size_of
-from raystudy.results import read_result, read_sealed, write_sealed
+from raystudy.results import open_sealed, read_result, read_sealed, write_sealed
 from raystudy.storage import Storage, open_storage
 
-State = Literal["waiting", "running", "interrupted", "failed", "diverged", "finished"]
-STATES: tuple[State, ...] = ("waiting", "running", "interrupted", "failed", "diverged", "finished")
+# A trial that a search ended early is stopped.
+State = Literal["waiting", "running", "interrupted", "failed", "diverged", "stopped", "finished"]
+STATES: tuple[State, ...] = ("waiting", "running", "interrupted", "failed", "diverged", "stopped", "finished")
+PLAN = "plan.json"
 IMAGES = "images.json"
 FORMAT_VERSION = 1  # of the study directory; raised when an older raystudy could no longer read it
 SECTIONS = ("study_seed", "sources", "model", "training", "explain", "notes")  # what is read from experiment.yaml
@@ -83,31 +86,48 @@ class Study:
         """The storage that holds this study and the image store."""
         return Storage(self.storage.uri.rsplit("/", 1)[0], self.storage.retry_seconds)
 
+    @property
+    def _quick(self) -> Storage:
+        """The same place for a first question: one that is away is not waited for long."""
+        return Storage(self.storage.uri, min(self.storage.retry_seconds, 10.0))
+
     def require(self) -> Study:
         """Return self, or refuse: no such study, or one written by a newer raystudy."""
         try:
-            plan = Storage(self.storage.uri, min(self.storage.retry_seconds, 10.0)).read_json("plan.json")
+            self._plan(self._quick)
         except FileNotFoundError:
             raise StudyError(
                 "there is no study here", where=self.storage.uri, remedy="start it with `raystudy run EXPERIMENT`"
             ) from None
-        self._checked(plan)
         return self
+
+    def refuse_newer(self) -> None:
+        """Refuse a study that a newer raystudy wrote; none, or a damaged one, is no obstacle here.
+
+        Raises
+        ------
+        StudyError : it was written by a newer raystudy.
+        """
+        with contextlib.suppress(FileNotFoundError, DamagedFileError):
+            self._plan(self._quick)
 
     def plan(self) -> dict[str, Any]:
         """Return plan.json: format, study, tasks, axes and the ids of the trials that the experiment asks for."""
-        return self._checked(self.storage.read_json("plan.json"))
+        return self._plan(self.storage)
 
-    def _checked(self, plan: Any) -> dict[str, Any]:
-        if isinstance(plan, dict) and int(plan.get("format", 1)) > FORMAT_VERSION:
+    def _plan(self, storage: Storage) -> dict[str, Any]:
+        data = storage.read_bytes(PLAN)
+        version = _format_of(data)
+        if version > FORMAT_VERSION:
             raise StudyError(
-                f"this study was written by a newer raystudy (format {plan['format']}, known {FORMAT_VERSION})",
+                f"this study was written by a newer raystudy (format {version}, known {FORMAT_VERSION})",
                 where=self.storage.uri,
                 remedy="install the newer raystudy, or name another study",
             )
-        if not isinstance(plan, dict) or not isinstance(plan.get("trials"), list):
-            raise _damaged(self.storage, "plan.json", "it lists no trials")
-        return plan
+        try:
+            return open_sealed(data)
+        except ValueError as error:
+            raise _damaged(self.storage, PLAN, str(error)) from None
 
     def experiment(self) -> dict[str, Any]:
         """Return the resolved experiment of the last run.
@@ -207,10 +227,10 @@ class Study:
     def driver(self) -> dict[str, Any] | None:
         """Return the lock's record when a driver holds the study and has been heard of lately."""
         try:
-            lock = self.storage.read_json("lock.json")
-        except (FileNotFoundError, DamagedFileError):
+            lock = dict(self.storage.read_json("lock.json"))
+            silent = abs(time.time() - float(lock["heartbeat"]))  # a clock may have been set back
+        except (FileNotFoundError, DamagedFileError, TypeError, ValueError, KeyError):
             return None
-        silent = abs(time.time() - float(lock.get("heartbeat", 0)))  # a clock may have been set back
         return lock if silent < HEARTBEAT_SECONDS else None
 
     def status(self) -> StudyStatus:
@@ -231,18 +251,53 @@ class Study:
             sorted(n.split("/")[1] for n in names if n.startswith("explain/") and n.endswith("done.json"))
         )
         if "result.json" in names:
-            result = _outline(directory)
-            if result["status"] == "diverged":
-                return TrialStatus(trial_id, "diverged", message=str(result.get("reason", "loss is not finite")))
-            accuracy = result["selected"]["val_accuracy"]
-            return TrialStatus(trial_id, "finished", "done", val_accuracy=accuracy, explained=explained)
+            return _ended(trial_id, directory, explained)
+        if "stopped.json" in names:
+            mark = _mark(directory, "stopped.json")
+            return TrialStatus(trial_id, "stopped", epoch=int(mark["epoch"]), val_accuracy=float(mark["value"]))
         if "failed.json" in names:
-            failure = directory.read_json("failed.json")
-            return TrialStatus(trial_id, "failed", message=str(failure.get("error", "")))
+            return TrialStatus(trial_id, "failed", message=str(_mark(directory, "failed.json").get("error", "")))
         events = directory.read_events("events") if any(n.split("/")[0] == "events" for n in names) else []
+        events = [e for e in events if isinstance(e.get("event"), str) and isinstance(e.get("time"), int | float)]
         if not events:
             return TrialStatus(trial_id, "waiting")
         return _running(trial_id, events, driver_alive)
+
+
+def _format_of(data: bytes) -> int:
+    """Return the format that a plan says it has; 0 where it says none."""
+    try:
+        version = json.loads(data)["format"]
+    except (ValueError, KeyError, TypeError):
+        return 0
+    return version if isinstance(version, int) else 0
+
+
+def _ended(trial_id: str, directory: Storage, explained: tuple[str, ...]) -> TrialStatus:
+    try:
+        result = _outline(directory)
+        if result["status"] == "diverged":
+            return TrialStatus(trial_id, "diverged", message=str(result.get("reason", "loss is not finite")))
+        accuracy = float(result["selected"]["val_accuracy"])
+    except (KeyError, TypeError, AttributeError):
+        read_result(directory)  # names it, with its remedy
+        raise
+    return TrialStatus(trial_id, "finished", "done", val_accuracy=accuracy, explained=explained)
+
+
+def _mark(directory: Storage, name: str) -> dict[str, Any]:
+    """Return failed.json or stopped.json.
+
+    Raises
+    ------
+    DamagedFileError : it is not what was written.
+    """
+    mark = directory.read_json(name)
+    wanted = {"failed.json": {"error"}, "stopped.json": {"epoch", "value"}}[name]
+    if not isinstance(mark, dict) or not wanted <= mark.keys():
+        remedy = "delete this file and run again: the trial then goes on"
+        raise DamagedFileError("the file is damaged", where=directory.address(name), remedy=remedy)
+    return mark
 
 
 def _outline(directory: Storage) -> dict[str, Any]:
@@ -256,21 +311,23 @@ def _outline(directory: Storage) -> dict[str, Any]:
 
 
 def _running(trial_id: str, events: list[dict[str, Any]], driver_alive: bool) -> TrialStatus:
-    def latest(key: str) -> Any:
-        return next((e[key] for e in reversed(events) if e.get(key) is not None), None)
+    def latest(key: str) -> float | None:
+        return next((e[key] for e in reversed(events) if isinstance(e.get(key), int | float)), None)
 
     epoch, epochs = int(latest("epoch") or 0), int(latest("epochs") or 0)
+    stage = next((e["stage"] for e in reversed(events) if isinstance(e.get("stage"), str)), "")
     state: State = "running" if driver_alive and events[-1]["event"] != "interrupted" else "interrupted"
     starts = [e for e in events if e["event"] in ("started", "resumed")]
     left = None
     if state == "running" and starts and epochs:
-        done = epoch - int(starts[-1].get("epoch") or 0)
-        spent = float(events[-1]["time"]) - float(starts[-1]["time"])
+        first = starts[-1].get("epoch")
+        done = epoch - (int(first) if isinstance(first, int | float) else 0)
+        spent = events[-1]["time"] - starts[-1]["time"]
         left = spent / done * (epochs - epoch) if done > 0 and spent > 0 else None
     return TrialStatus(
         trial_id,
         state,
-        str(latest("stage") or ""),
+        stage,
         epoch,
         epochs,
         latest("images_per_second"),

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from raystudy.errors import StudyError
+from raystudy.results import write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
 
@@ -13,7 +15,7 @@ TRIAL = "pneumonia-h1_060-seed0-3fa9c1"
 
 def study_with(place: Path, **result: Any) -> Study:
     study = Study(open_storage(place))
-    study.storage.write_json("plan.json", {"format": 1, "trials": [TRIAL]})
+    write_sealed(study.storage, "plan.json", {"format": 1, "trials": [TRIAL]}, ())
     study.trial(TRIAL).write_json("result.json", result)
     return study
 
@@ -34,3 +36,56 @@ def test_a_diverged_trial_tells_why(tmp_path: Path) -> None:
     result = {"status": "diverged", "history": [], "n_train": 7, "reason": "the loss is not finite in epoch 3"}
     (trial,) = study_with(tmp_path, **result).status().trials
     assert (trial.state, trial.message) == ("diverged", "the loss is not finite in epoch 3")
+
+
+def test_a_trial_that_a_search_ended_early_is_stopped(tmp_path: Path) -> None:
+    study = study_with(tmp_path)
+    study.trial(TRIAL).delete("result.json")
+    study.trial(TRIAL).append_event("events", {"time": 1.0, "event": "epoch", "epoch": 2})
+    study.trial(TRIAL).write_json("stopped.json", {"epoch": 2, "value": 55.0, "by": "the search"})
+    status = study.status()
+    assert (status.trials[0].state, status.trials[0].val_accuracy) == ("stopped", 55.0)
+    assert status.counts["stopped"] == 1
+
+
+@pytest.mark.parametrize("lock", ["[]", '{"heartbeat": null}', '{"heartbeat": "x"}', "{", "null", "{}"])
+def test_a_damaged_lock_is_no_driver(tmp_path: Path, lock: str) -> None:
+    study = study_with(tmp_path, **finished())
+    study.storage.write_bytes("lock.json", lock.encode())
+    assert study.status().driver is None
+
+
+@pytest.mark.parametrize(
+    "event", [{"event": None}, {"time": "x"}, {"epoch": "x"}, {"epochs": []}, {"stage": 3}, {"val_accuracy": "x"}]
+)
+def test_odd_events_do_not_stop_a_status(tmp_path: Path, event: dict[str, Any]) -> None:
+    study = study_with(tmp_path)
+    study.trial(TRIAL).delete("result.json")
+    study.trial(TRIAL).append_event("events", {"time": 1.0, "event": "started", "epoch": 0, "epochs": 5})
+    study.trial(TRIAL).append_event("events", {"time": 2.0, "event": "epoch", "epoch": 1, "epochs": 5, **event})
+    (trial,) = study.status().trials
+    assert trial.state == "interrupted"
+
+
+def with_plan(place: Path, change: bytes, to: bytes) -> Study:
+    study = study_with(place, **finished())
+    data = study.storage.read_bytes("plan.json")
+    assert change in data
+    study.storage.write_bytes("plan.json", data.replace(change, to))
+    return study
+
+
+@pytest.mark.parametrize(
+    ("change", "to"), [(TRIAL.encode(), b"pneumonia-h1_061-seed0-3fa9c1"), (b'"format": 1', b'"format": null')]
+)
+def test_a_changed_plan_is_named(tmp_path: Path, change: bytes, to: bytes) -> None:
+    study = with_plan(tmp_path, change, to)
+    for ask in (study.status, study.require, study.trial_ids):
+        with pytest.raises(StudyError, match=r"plan\.json: the file is damaged") as refusal:
+            ask()
+        assert "raystudy run EXPERIMENT" in str(refusal.value)
+
+
+def test_a_newer_study_is_told_before_its_seal_is_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="newer raystudy"):
+        with_plan(tmp_path, b'"format": 1', b'"format": 2').require()

@@ -25,6 +25,7 @@ from raystudy.errors import StudyError
 from raystudy.orchestrate.access import check_ray_version, installed_ray
 from raystudy.orchestrate.assignment import write_stop
 from raystudy.orchestrate.dashboard import check_dashboard, cluster_is_here
+from raystudy.orchestrate.lock import gone_from_here, lock_holder
 from raystudy.orchestrate.session import NO_SECRETS
 from raystudy.study import Study
 
@@ -121,8 +122,10 @@ def _refuse_local_paths(experiment: Experiment, address: str) -> None:
 def stop(experiment: Experiment) -> None:
     """Ask a running study to stop; say so when nobody runs it."""
     study = Study.at(experiment.storage, experiment.name).require()
-    driver = study.driver()
-    if driver is None:
+    holder = lock_holder(study.storage)
+    if holder is None or gone_from_here(holder):  # of an owner elsewhere no clock of this machine can tell
         raise StudyError("nobody runs this study", where=study.storage.uri, remedy="nothing to stop")
     write_stop(study, by=f"{os.environ.get('USER', 'user')}@{os.uname().nodename}")
+    if study.driver() is None:
+        print(f"its driver, {holder.get('owner', 'unknown')}, has not been heard of for a while by this clock")
     print("asked the study to stop; its trials write checkpoints and end. Go on with `raystudy run`.")

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 import pandas as pd
 import yaml
 
-from raystudy.errors import DamagedFileError, StudyError
+from raystudy.errors import DamagedFileError
 from raystudy.explanation import JOBS, Job, explained, job_directory
 from raystudy.orchestrate.assignment import FAILED, STOPPED, Rows, TrialRows
 from raystudy.orchestrate.identity import digest
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
-from raystudy.results import DONE, MODEL, REMEDIES, RESULT, damaged_files, read_result
+from raystudy.results import DONE, MODEL, REMEDIES, RESULT, damaged_files, read_result, write_sealed
 from raystudy.storage import Storage
-from raystudy.study import FORMAT_VERSION, Study, parquet_bytes
+from raystudy.study import PLAN, Study, parquet_bytes
 from raystudy.trial_files import keep_spec
 
 WRITERS = 16
@@ -45,16 +45,7 @@ class Ledger:
         ------
         StudyError : the directory was written by a newer raystudy; a result is damaged.
         """
-        try:
-            kept = int(self.study.plan().get("format", 1))
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):
-            kept = 1  # none, or a damaged one: it is written anew
-        if kept > FORMAT_VERSION:
-            raise StudyError(
-                f"this study was written by a newer raystudy (format {kept}, known {FORMAT_VERSION})",
-                where=self.study.storage.address("plan.json"),
-                remedy="install the newer raystudy, or name another study",
-            )
+        self.study.refuse_newer()
         self._files = self.study.files()
         with ThreadPoolExecutor(WRITERS) as pool:
             for _ in pool.map(self._check_finished, [t for t in self.plan.trials if "result.json" in self.files(t)]):
@@ -67,7 +58,7 @@ class Ledger:
         plan = {**self.plan.as_json(), "trials": [t.trial_id for t in wanted], "explain": explain}
         text = yaml.safe_dump(self.plan.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         storage = self.study.storage
-        storage.write_json("plan.json", plan)
+        write_sealed(storage, PLAN, plan, ())
         storage.write_bytes("experiment.yaml", text.encode())
 
     def missing_trials(self, only_failed: bool = False) -> list[PlannedTrial]:

@@ -57,7 +57,7 @@ class StudyLock:
         StudyError : another driver works on the study.
         """
         while not self._storage.create_exclusive(LOCK, self._bytes()):
-            holder = self._holder()
+            holder = lock_holder(self._storage)
             if holder is None:
                 continue  # released in between
             self._refuse_living(holder)
@@ -79,12 +79,14 @@ class StudyLock:
         token = str(dead.get("token", "damaged"))
         claims = [f"lock-{token}.json"]
         while not self._storage.create_exclusive(claims[-1], self._bytes()):
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                rival = self._storage.read_json(claims[-1])
-                self._refuse_living(rival)
-                claims.append(f"lock-{rival['token']}.json")
+            rival = lock_holder(self._storage, claims[-1])
+            if rival is None:
+                continue  # given up in between
+            self._refuse_living(rival, claims[-1])
+            name = f"lock-{rival['token']}" if "token" in rival else f"{claims[-1].removesuffix('.json')}-damaged"
+            claims.append(f"{name}.json")
         try:
-            now = self._holder()
+            now = lock_holder(self._storage)
             if now is not None and str(now.get("token", "damaged")) != token:
                 self._refuse(now)
             self._storage.write_bytes(LOCK, self._bytes())
@@ -92,18 +94,18 @@ class StudyLock:
             for claim in claims:
                 self._storage.delete(claim)
 
-    def _refuse_living(self, holder: dict[str, Any]) -> None:
-        gone = _gone_from_here(holder)
+    def _refuse_living(self, holder: dict[str, Any], name: str = LOCK) -> None:
+        gone = gone_from_here(holder)
         if gone is None:
             if not self._take_over:
                 self._refuse(holder, "; if that driver is dead: `raystudy run … --take-over`")
-            gone = self._stands_still(holder)
+            gone = self._stands_still(holder, name)
         if not gone:
             self._refuse(holder)
 
-    def _stands_still(self, holder: dict[str, Any]) -> bool:
+    def _stands_still(self, holder: dict[str, Any], name: str) -> bool:
         time.sleep(3 * self._beat_seconds)
-        now = self._holder()
+        now = lock_holder(self._storage, name)
         return now is None or now.get("heartbeat") == holder.get("heartbeat")
 
     def _refuse(self, holder: dict[str, Any], more: str = "") -> None:
@@ -113,16 +115,8 @@ class StudyLock:
             remedy=f"wait for it, or end it with `raystudy stop EXPERIMENT`{more}",
         )
 
-    def _holder(self) -> dict[str, Any] | None:
-        try:
-            return dict(self._storage.read_json(LOCK))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError):
-            return {"owner": "a damaged lock.json"}
-
     def _owned(self) -> bool:
-        return (self._holder() or {}).get("token") == self._record["token"]
+        return (lock_holder(self._storage) or {}).get("token") == self._record["token"]
 
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_seconds):
@@ -136,6 +130,16 @@ class StudyLock:
 
     def _bytes(self) -> bytes:
         return json.dumps({**self._record, "heartbeat": time.time()}).encode()
+
+
+def lock_holder(storage: Storage, name: str = LOCK) -> dict[str, Any] | None:
+    """Return the record of a lock or claim, or None where there is none; a damaged one has no owner."""
+    try:
+        return dict(storage.read_json(name))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        return {"owner": f"a damaged {name}"}
 
 
 @contextlib.contextmanager
@@ -184,8 +188,8 @@ def _start_time(pid: int) -> str:
     return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else ""
 
 
-def _gone_from_here(holder: dict[str, Any]) -> bool | None:
-    """Whether the owner is dead, as far as this host can tell: None for an owner elsewhere."""
+def gone_from_here(holder: dict[str, Any]) -> bool | None:
+    """Whether a lock's owner is dead, as far as this host can tell: None for an owner elsewhere."""
     here = _machine()
     if holder.get("host") != socket.gethostname() or not here["boot"]:
         return None

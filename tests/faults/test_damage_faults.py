@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raystudy.errors import StudyError
+from raystudy.errors import DamagedFileError, StudyError
 from raystudy.explanation import explain_trial
 from raystudy.orchestrate.driver import run_study
 from raystudy.orchestrate.films import prepare_films
@@ -78,6 +79,7 @@ def damage_each(place: Place, names: Iterable[str], n: int, seed: int, whole: Ca
             for _ in range(n if place.files[name] else 0):
                 place.restore()
                 (place.root / name).write_bytes(harm(place.files[name], draw))
+                look(place)
                 refusal = run(place)
                 if refusal is None:
                     whole(f"{harm.__name__} {name}")
@@ -96,6 +98,12 @@ def run(place: Place) -> StudyError | None:
         return error
     assert outcome.exit_code == 0
     return None
+
+
+def look(place: Place) -> None:
+    """Ask for the status as a user would: an answer, or a refusal with a remedy."""
+    with contextlib.suppress(DamagedFileError):  # it names the file and the remedy
+        Study(place.storage.child("tiny")).require().status()
 
 
 def read_everything(study: Study) -> None:
@@ -206,12 +214,13 @@ def test_the_remedy_for_a_damaged_trial_trains_it_to_the_same_bytes(finished: Pl
 
 
 @pytest.mark.parametrize(
-    "name", ["result.json", "predictions.parquet", "pairs.parquet", "specificity.json", "maps.safetensors"]
+    "name",
+    ["plan.json", "result.json", "predictions.parquet", "pairs.parquet", "specificity.json", "maps.safetensors"],
 )
 def test_a_report_is_never_made_of_damaged_files(name: str, finished: Place) -> None:
     finished.restore()
     study = Study(finished.storage.child("tiny"))
-    file = sorted((finished.root / "tiny" / "trials").rglob(name))[-1]
+    file = sorted((finished.root / "tiny").rglob(name))[-1]
     file.write_bytes(flipped(file.read_bytes(), stream(6, name)))
     with pytest.raises(StudyError) as refusal:
         read_everything(study)

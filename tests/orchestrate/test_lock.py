@@ -125,6 +125,18 @@ def test_a_driver_whose_lock_was_taken_over_learns_it(tmp_path: Path) -> None:
     assert storage.read_json(LOCK) == {"token": "another"}
 
 
+def test_a_damaged_claim_is_refused_by_name_and_passed_when_the_user_says_so(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    dead = dead_record(storage)
+    for claim in (f"lock-{dead['token']}.json", f"lock-{dead['token']}-damaged.json"):
+        storage.write_bytes(claim, b"{")
+    with pytest.raises(StudyError, match=f"a damaged lock-{dead['token']}") as refusal:
+        StudyLock(storage).acquire()
+    assert "--take-over" in str(refusal.value)
+    with locked(storage, take_over=True, beat_seconds=0.1):
+        assert storage.list() == [LOCK]
+
+
 def test_the_lock_holds_on_object_storage(s3_bucket: str) -> None:
     storage = open_storage(s3_bucket)
     with locked(storage, beat_seconds=0.1) as lock:
