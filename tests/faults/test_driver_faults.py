@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from raystudy.results import damaged_files
 from raystudy.storage import open_storage
 from raystudy.streams import stream
+from raystudy.study import Study
 from tests.faults.conftest import Tally, Undisturbed
 from tests.faults.processes import Driver, driver, wait_until
 
@@ -69,13 +69,18 @@ def strike(started: Driver, how: str) -> bool:
             os.kill(raylet, signal.SIGKILL)
         return started.end()[0] != 0  # it ends by itself
     started.process.send_signal(signal.SIGTERM)
-    try:
-        code, out = started.end(10)  # the grace that schedulers give
-    except subprocess.TimeoutExpired:
-        started.kill()
-        return True
+    code, out = started.end(10)  # the grace that schedulers give; later it fails
     assert code in (0, 130, signal.SIGTERM, -signal.SIGTERM), out  # the last two: before it listens
     return code != 0
+
+
+def assert_checkpointed(study: Study) -> None:
+    """A trial that was told to stop has said so last, after its checkpoint."""
+    for trial_id, names in study.files().items():
+        events = study.trial(trial_id).read_events("events") if "result.json" not in names else []
+        if any(event["event"] == "epoch" for event in events):
+            assert events[-1]["event"] == "interrupted"
+            assert any(name.startswith("checkpoint/") for name in names)
 
 
 def strike_drivers(
@@ -96,7 +101,10 @@ def strike_drivers(
                 about = moment(storage / "tiny")
                 struck = strike(started, waiting[0])
                 if struck:
-                    moments[f"{waiting.pop(0)} at {about}"] += 1
+                    how = waiting.pop(0)
+                    moments[f"{how} at {about}"] += 1
+                    if how == "SIGTERM":
+                        assert_checkpointed(Study(open_storage(storage / "tiny")))
                 if draw.random() < 0.5:  # the other half of the drivers meet what the last one left behind
                     started.wait_until_gone()
         with driver(undisturbed.file, storage, *options) as last:
@@ -116,7 +124,29 @@ def strike_drivers(
 def test_a_driver_that_dies_leaves_a_study_that_ends_with_the_same_bytes(
     undisturbed: Undisturbed, tmp_path: Path, tally: Tally
 ) -> None:
-    assert strike_drivers(undisturbed, tmp_path, ["driver", "SIGTERM"], 3, tally, *ONE).total() == 2
+    assert strike_drivers(undisturbed, tmp_path, ["driver"], 3, tally, *ONE).total() == 1
+
+
+def test_a_driver_that_is_terminated_in_training_leaves_a_checkpoint_within_its_grace(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    storage = undisturbed.place(tmp_path / "studies")
+    study = Study(open_storage(storage / "tiny"))
+
+    def trains() -> bool:
+        return any(e["event"] == "epoch" for t in study.files() for e in study.trial(t).read_events("events"))
+
+    longer = (*ONE, "--set", "training.epochs=80", "--set", "explain.enabled=false")
+    with driver(undisturbed.file, storage, *longer) as started:
+        wait_until(trains, started)
+        assert strike(started, "SIGTERM")
+        ((trial_id, names),) = study.files().items()
+        assert "result.json" not in names
+        assert_checkpointed(study)
+    with driver(undisturbed.file, storage, *longer) as last:
+        code, out = last.end()
+        assert code == 0, out
+    assert "resumed" in [e["event"] for e in study.trial(trial_id).read_events("events")]
 
 
 @pytest.mark.faults
