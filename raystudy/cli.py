@@ -55,6 +55,8 @@ StorageOption = Annotated[
 TrackingOption = Annotated[
     str | None, typer.Option("--tracking-uri", help="MLflow: sqlite:///FILE or http://HOST:PORT.")
 ]
+Only = Annotated[str | None, typer.Option("--only", help="`failed`: retry the failed trials and nothing else.")]
+TakeOver = Annotated[bool, typer.Option("--take-over", help="Take the study over from a dead driver on another host.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -67,6 +69,12 @@ def _load(file: Path, overrides: list[str] | None, storage: str | None = None, t
     if tracking_uri is not None:
         extra.append(f"tracking.uri={json.dumps(tracking_uri)}")
     return load_experiment(file, extra)
+
+
+def _only_failed(only: str | None) -> bool:
+    if only not in (None, "failed"):
+        raise StudyError(f"--only {only!r} is unknown", remedy="--only failed")
+    return only == "failed"
 
 
 @app.command(
@@ -110,24 +118,19 @@ def prepare(experiment: ExperimentFile, overrides: Overrides = None, storage: St
 )
 def run(
     experiment: ExperimentFile,
-    only: Annotated[
-        str | None, typer.Option("--only", help="`failed`: retry the failed trials and nothing else.")
-    ] = None,
+    only: Only = None,
     overrides: Overrides = None,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     address: Annotated[str | None, typer.Option("--address", help="A running Ray cluster; default: Ray here.")] = None,
-    take_over: Annotated[
-        bool, typer.Option("--take-over", help="Take the study over from a dead driver on another host.")
-    ] = False,
+    take_over: TakeOver = False,
 ) -> None:
     """Run whatever is missing: trials, explanations, the MLflow mirror and the report."""
-    if only not in (None, "failed"):
-        raise StudyError(f"--only {only!r} is unknown", remedy="--only failed")
+    failed = _only_failed(only)
     tree = _load(experiment, overrides, storage, tracking_uri)
     from raystudy.orchestrate import driver
 
-    raise typer.Exit(driver.run(tree, only_failed=only == "failed", address=address, take_over=take_over))
+    raise typer.Exit(driver.run(tree, only_failed=failed, address=address, take_over=take_over))
 
 
 @app.command(
@@ -211,11 +214,15 @@ def submit(
     overrides: Overrides = None,
     storage: StorageOption = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Follow the job's log.")] = True,
+    only: Only = None,
+    take_over: TakeOver = False,
 ) -> None:
     """Submit the study to a running cluster as a Ray job; it survives this terminal."""
     from raystudy.orchestrate import jobs
 
-    raise typer.Exit(jobs.submit(_load(experiment, overrides, storage), address, follow=follow))
+    failed = _only_failed(only)
+    tree = _load(experiment, overrides, storage)
+    raise typer.Exit(jobs.submit(tree, address, follow=follow, only_failed=failed, take_over=take_over))
 
 
 @app.command(epilog="Example: `raystudy stop experiments/demo.yaml`")

@@ -24,19 +24,16 @@ class StudyError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.what, self.where, self.remedy)
+        return _rebuild, (type(self), self.what, self.where, self.remedy)
 
 
 class DamagedFileError(StudyError, ValueError):
     """A file whose bytes are not those that were written: torn, or with a flipped bit."""
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_damaged, (self.what, self.where, self.remedy)
+
+class NewerStudyError(StudyError):
+    """A study directory of a format that a newer raystudy wrote."""
 
 
-def _rebuild(what: str, where: str | None, remedy: str | None) -> StudyError:
-    return StudyError(what, where=where, remedy=remedy)
-
-
-def _rebuild_damaged(what: str, where: str | None, remedy: str | None) -> DamagedFileError:
-    return DamagedFileError(what, where=where, remedy=remedy)
+def _rebuild(kind: type[StudyError], what: str, where: str | None, remedy: str | None) -> StudyError:
+    return kind(what, where=where, remedy=remedy)

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from raystudy.errors import DamagedFileError, StudyError
+from raystudy.errors import DamagedFileError, NewerStudyError, StudyError
 from raystudy.images.array import ImageArray
 from raystudy.images.store import FOLDER, load_pixels, size_of
 from raystudy.results import open_sealed, read_result, read_sealed, write_sealed
@@ -119,7 +119,7 @@ class Study:
         data = storage.read_bytes(PLAN)
         version = _format_of(data)
         if version > FORMAT_VERSION:
-            raise StudyError(
+            raise NewerStudyError(
                 f"this study was written by a newer raystudy (format {version}, known {FORMAT_VERSION})",
                 where=self.storage.uri,
                 remedy="install the newer raystudy, or name another study",

@@ -30,6 +30,7 @@ os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # a repeated "create run" w
 import alembic.util
 import mlflow
 import requests
+import sqlalchemy
 import sqlalchemy.exc
 from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -101,18 +102,31 @@ def sync_study(study: Study, settings: Tracking) -> None:
 
 def check_server(uri: str, *, must_answer: bool = True) -> None:
     """Refuse an MLflow whose version this raystudy does not speak, or (``must_answer``) that does not answer."""
-    for what, version in (("library", mlflow.__version__), *_server_version(uri, must_answer)):
-        number = tuple(int(p) for p in version.split(".")[:2] if p.isdigit())
-        if not OLDEST <= number < FIRST_UNKNOWN:
-            raise StudyError(
-                f"MLflow {what} {version} is not supported",
-                where=uri,
-                remedy=f"use MLflow {OLDEST[0]}.{OLDEST[1]} or newer, below {FIRST_UNKNOWN[0]}",
-            )
+    check_library()
+    for version in _server_version(uri, must_answer):
+        _check_version("server", version, uri)
 
 
-def _server_version(uri: str, must_answer: bool) -> list[tuple[str, str]]:
+def check_library() -> str:
+    """Refuse an MLflow library that this raystudy does not speak; return its version."""
+    _check_version("library", mlflow.__version__, "this machine")
+    return mlflow.__version__
+
+
+def _check_version(what: str, version: str, where: str) -> None:
+    number = tuple(int(p) for p in version.split(".")[:2] if p.isdigit())
+    if not OLDEST <= number < FIRST_UNKNOWN:
+        raise StudyError(
+            f"MLflow {what} {version} is not supported",
+            where=where,
+            remedy=f"use MLflow {OLDEST[0]}.{OLDEST[1]} or newer, below {FIRST_UNKNOWN[0]}",
+        )
+
+
+def _server_version(uri: str, must_answer: bool) -> list[str]:
     if urlsplit(uri).scheme not in ("http", "https"):
+        if must_answer:
+            _check_database(uri)
         return []
     try:
         answer = requests.get(f"{uri.rstrip('/')}/version", timeout=10 if must_answer else 2)
@@ -125,7 +139,27 @@ def _server_version(uri: str, must_answer: bool) -> list[tuple[str, str]]:
             where=uri,
             remedy="start `mlflow server`, or use sqlite:///mlflow.db",
         ) from None
-    return [("server", answer.text.strip()[:40])]
+    return [answer.text.strip()[:40]]
+
+
+def _check_database(uri: str) -> None:
+    """Refuse a database that cannot be opened; nothing is made there."""
+    kind, _, rest = uri.partition("://")
+    try:
+        if not kind.startswith("sqlite"):
+            sqlalchemy.create_engine(uri).connect().close()
+            return
+        file = Path(rest.removeprefix("/"))
+        if not file.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {file.parent}")
+        if file.exists() and file.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):
+            raise OSError(f"{file} is no SQLite database")
+    except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError) as error:
+        raise StudyError(
+            f"MLflow's database cannot be opened: {first_line(error)}",
+            where="tracking.uri",
+            remedy="name a file in a folder that is there, for example sqlite:///mlflow.db",
+        ) from None
 
 
 def _cursor_path(settings: Tracking) -> str:

@@ -6,6 +6,7 @@ cluster that asks nobody for a token is refused wherever others could reach it: 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -44,8 +45,12 @@ def use_token(where: str) -> None:
 
 
 def is_loopback(host: str | None) -> bool:
+    """Whether a host name or address is this machine's alone."""
     host = (host or "").strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def installed_ray() -> str:
@@ -82,12 +87,16 @@ def refuse_open(host: str | None, where: str) -> None:
         )
 
 
-def check_head(address: str) -> str:
-    """Ask a head for its Ray version, without our token and with it, which Ray sends from then on; return the version.
+def check_head(address: str) -> bool:
+    """Ask a head for its Ray version, without our token and with it, which Ray sends from then on.
 
     Parameters
     ----------
     address : HOST:PORT of its GCS.
+
+    Returns
+    -------
+    Whether it asks for a token.
 
     Raises
     ------
@@ -97,6 +106,7 @@ def check_head(address: str) -> str:
     where = f"Ray at {address}"
     with grpc.insecure_channel(address) as channel:
         version = _version(channel, None, where)
+        asks = version is None
         if version is not None:
             refuse_open(address.rpartition(":")[0], where)
         else:
@@ -108,7 +118,7 @@ def check_head(address: str) -> str:
                 raise wrong_token(where)
             use_token(where)
     check_ray_version(version, where)
-    return version
+    return asks
 
 
 def is_open(address: str) -> bool:

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 from raystudy.errors import StudyError
 from raystudy.orchestrate.access import check_ray_version, missing_token, refuse_open, token, use_token, wrong_token
 
 
-def check_dashboard(address: str) -> str:
-    """Check a dashboard's address, token and version; return the Ray version that runs there.
+@dataclass(frozen=True)
+class Dashboard:
+    """A cluster as its dashboard tells: its Ray, whether it asks for a token, whether all of it is this machine."""
+
+    ray: str
+    asks: bool
+    here: bool
+
+
+def check_dashboard(address: str) -> Dashboard:
+    """Check a dashboard's address, token and version.
 
     Raises
     ------
     StudyError : no dashboard address, nobody answers, no or a wrong token, another Ray, or a cluster that asks
-        nobody for a token on an address that others can reach.
+        nobody for a token and that others can reach: by this address, or because it has machines elsewhere and this is
+        the end of a tunnel.
     """
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise StudyError(
-            f"{address!r} is no dashboard address", where="--address", remedy="for example http://10.0.0.5:8265"
-        )
+    host = _host(address)
     url = f"{address.rstrip('/')}/api/version"
     bare = _get(url, address, {})
     if bare.status_code == requests.codes.ok:
-        refuse_open(parts.hostname, address)
+        refuse_open(host, address)
         answer = bare
     else:
         own = token()
@@ -46,12 +54,35 @@ def check_dashboard(address: str) -> str:
             f"this is no Ray dashboard (HTTP {answer.status_code})", where=address, remedy="http://HEAD:8265"
         ) from None
     check_ray_version(version, address)
-    return version
+    found = Dashboard(version, answer is not bare, _is_here(address))
+    if not found.asks and not found.here:
+        refuse_open(None, address)
+    return found
 
 
-def cluster_is_here(address: str) -> bool:
+def _host(address: str) -> str:
+    """Return the host of a dashboard's address."""
+    try:
+        parts = urlsplit(address)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.hostname
+    except ValueError:  # brackets or a port that are none
+        pass
+    raise StudyError(
+        f"{address!r} is no dashboard address", where="--address", remedy="for example http://10.0.0.5:8265"
+    )
+
+
+def _is_here(address: str) -> bool:
     """Whether every machine of a cluster is this one; its dashboard at loopback may be the end of a tunnel."""
-    nodes: list[Any] = list_nodes(address=address, filters=[("state", "=", "ALIVE")])
+    try:
+        nodes: list[Any] = list_nodes(address=address, filters=[("state", "=", "ALIVE")])
+    except (RayStateApiException, requests.RequestException, RuntimeError, ValueError) as error:
+        raise StudyError(
+            f"this dashboard does not tell its machines: {str(error).splitlines()[0][:200]}",
+            where=address,
+            remedy="http://HEAD:8265 of a running cluster",
+        ) from None
     return all(_is_own(node.node_ip) for node in nodes)
 
 

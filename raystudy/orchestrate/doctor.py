@@ -32,6 +32,8 @@ def examine(experiment: Experiment | None, address: str | None) -> int:
             ("study directory", lambda: _study(experiment)),
             ("MLflow", lambda: _mlflow(experiment, address)),
         ]
+    else:
+        checks.append(("MLflow", _mlflow_library))
     if address is not None:
         checks.append(("cluster", lambda: _cluster(address)))
     console, wrong = Console(highlight=False), 0
@@ -89,8 +91,17 @@ def _mlflow(experiment: Experiment, address: str | None) -> str:
     return f"{uri} on the cluster's head" if of_the_head else uri
 
 
+def _mlflow_library() -> str:
+    from raystudy.tracking import check_library
+
+    return check_library()
+
+
 def _cluster(address: str) -> str:
     if "://" in address:
-        return f"Ray {check_dashboard(address)} at {address}, token accepted"
-    check_address(address)
-    return f"Ray at {address}, token accepted"
+        found = check_dashboard(address)
+        asks = "token accepted" if found.asks else "asks for no token; all of it is this machine"
+        return f"Ray {found.ray} at {address}, {asks}"
+    asks = check_address(address)
+    words = {None: "", True: ", token accepted", False: ", asks for no token; only this machine reaches it"}
+    return f"Ray at {address}{words[asks]}"

@@ -91,6 +91,7 @@ def prepare_only(experiment: Experiment) -> None:
     """Decode the images of a study into the image store."""
     storage = open_storage(experiment.storage)
     storage.check_writable()
+    Study(storage.child(experiment.name)).refuse_newer()
     with display() as shown, connect(dashboard=False):
         drop = experiment.images.unreadable == "drop"
         asked = _planned(experiment)

@@ -21,10 +21,10 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 import raystudy
 from raystudy.config import Experiment
-from raystudy.errors import StudyError
+from raystudy.errors import NewerStudyError, StudyError
 from raystudy.orchestrate.access import check_ray_version, installed_ray
 from raystudy.orchestrate.assignment import write_stop
-from raystudy.orchestrate.dashboard import check_dashboard, cluster_is_here
+from raystudy.orchestrate.dashboard import check_dashboard
 from raystudy.orchestrate.lock import gone_from_here, lock_holder
 from raystudy.orchestrate.session import NO_SECRETS
 from raystudy.study import Study
@@ -32,23 +32,26 @@ from raystudy.study import Study
 LARGEST_PACKAGE = 1_000_000  # bytes of code and experiment that a submission may send
 
 
-def submit(experiment: Experiment, address: str, *, follow: bool = True) -> int:
-    """Submit a study to a cluster and follow its log; return the exit code.
+def submit(
+    experiment: Experiment, address: str, *, follow: bool = True, only_failed: bool = False, take_over: bool = False
+) -> int:
+    """Submit a study to a cluster and follow its log; return the exit code of `raystudy run` there.
 
     Raises
     ------
-    StudyError : address, token or version; local paths that a remote cluster would not see.
+    StudyError : address, token or version; local paths that a remote cluster would not see; a study of a newer
+        raystudy.
     """
     check_ray_version(installed_ray(), "this machine")
-    check_dashboard(address)
-    here = cluster_is_here(address)
+    here = check_dashboard(address).here
     if not here:
         _refuse_local_paths(experiment, address)
+    _refuse_newer(experiment)
     with tempfile.TemporaryDirectory() as scratch:
         package = _package(experiment, Path(scratch))
         client = JobSubmissionClient(address)
         job = client.submit_job(
-            entrypoint=_entrypoint(here),
+            entrypoint=_entrypoint(here, only_failed=only_failed, take_over=take_over),
             submission_id=f"raystudy-{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
             runtime_env={
                 "working_dir": str(package / "work"),
@@ -64,16 +67,27 @@ def submit(experiment: Experiment, address: str, *, follow: bool = True) -> int:
     if not follow:
         return 0
     asyncio.run(_follow(client, job))
-    status = client.get_job_status(job)
-    print(f"{job}: {status.value}")
-    return 0 if status == JobStatus.SUCCEEDED else 1
+    details = client.get_job_info(job)
+    print(f"{job}: {details.status.value}")
+    return 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code or 1
 
 
-def _entrypoint(here: bool) -> str:
+def _entrypoint(here: bool, *, only_failed: bool, take_over: bool) -> str:
     """Return the job's command; on this machine relative paths mean what they mean in this folder."""
+    options = (" --only failed" if only_failed else "") + (" --take-over" if take_over else "")
     if not here:
-        return "python -m raystudy.cli run experiment.yaml"
-    return f'cd {shlex.quote(os.getcwd())} && python -m raystudy.cli run "$OLDPWD/experiment.yaml"'
+        return f"python -m raystudy.cli run experiment.yaml{options}"
+    return f'cd {shlex.quote(os.getcwd())} && python -m raystudy.cli run "$OLDPWD/experiment.yaml"{options}'
+
+
+def _refuse_newer(experiment: Experiment) -> None:
+    """Refuse a study of a newer raystudy; storage that only the cluster reaches is the job's to judge."""
+    try:
+        Study.at(experiment.storage, experiment.name).refuse_newer()
+    except NewerStudyError:
+        raise
+    except StudyError as error:
+        print(f"note: the study is not seen from here: {error.what}")
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> None:

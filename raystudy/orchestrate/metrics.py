@@ -92,10 +92,13 @@ class StudyMetrics:
     def retry(self) -> None:
         self._add(self._retries, 1)
 
-    def event(self, trial_id: str, task: str, h1_share: int, event: dict[str, Any]) -> None:
-        """Take one event of a trial over."""
-        tags = {**self._study, "trial_id": trial_id, "task": task, "h1_share": str(h1_share)}
-        self._live[trial_id] = tags
+    def begin(self, trial_id: str, task: str, h1_share: int) -> None:
+        """A trial runs; from here on it is heard, or is silent."""
+        self._live[trial_id] = {**self._study, "trial_id": trial_id, "task": task, "h1_share": str(h1_share)}
+
+    def event(self, trial_id: str, event: dict[str, Any]) -> None:
+        """Take one event of a running trial over."""
+        tags = self._live[trial_id]
         gauges = {
             "epoch": self._epoch,
             "epochs": self._epochs,
@@ -108,9 +111,11 @@ class StudyMetrics:
         if event.get("event") == "checkpoint":
             self._add(self._checkpoints, 1)
             self._add(self._checkpoint_seconds, max(0.0, float(event.get("seconds", 0))))
+        elif event.get("event") == "retry":
+            self.retry()
 
     def silence(self, trial_id: str, seconds: float) -> None:
-        """Say how long ago a running trial wrote its last event."""
+        """Say how long ago a running trial began or wrote its last event."""
         if trial_id in self._live:
             self._set(self._event_age, seconds, self._live[trial_id])
 

@@ -20,6 +20,7 @@ from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.search import search_experiment
 from raystudy.status_text import clock
 from raystudy.storage import Storage, open_storage
+from raystudy.study import Study
 
 FEWEST_JOINT_STEPS = 500
 FEWEST_CELLS = 4  # a side of the feature grid
@@ -38,6 +39,8 @@ def print_plan(experiment: Experiment, as_json: bool) -> None:
     """Print the plan of an experiment; trains nothing and reads no pixel."""
     asked = search_experiment(experiment) if experiment.search else experiment
     storage, problems = _storage(asked)
+    if storage.is_local and not problems:
+        Study(storage.child(asked.name)).refuse_newer()
     plan = plan_study(asked, storage)
     variants = _variants(plan)
     cost = estimate(plan)

@@ -137,10 +137,14 @@ def _init(address: str | None, options: dict[str, Any]) -> str | None:
         ) from error
 
 
-def check_address(address: str) -> None:
+def check_address(address: str) -> bool | None:
     """Refuse a head that cannot or should not be used, before Ray tries for a long time.
 
     Token authentication is turned on where there is a token.
+
+    Returns
+    -------
+    Whether the head asks for a token; None where only Ray can tell.
 
     Raises
     ------
@@ -154,7 +158,7 @@ def check_address(address: str) -> None:
             remedy="`raystudy submit … --address http://HEAD:8265`, or `raystudy run … --address HEAD:6379`",
         )
     if address in ("auto", "local"):
-        return
+        return None
     if "://" in address:
         raise StudyError(
             "Ray Client is not supported", where=address, remedy="--address HEAD:6379, or `raystudy submit`"
@@ -172,9 +176,10 @@ def check_address(address: str) -> None:
             remedy="start the cluster (`ray up cluster.yaml`), or mend --address (the head's HOST:6379)",
         ) from error
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("0", "false"):  # with TLS only Ray knows the certificates
-        check_head(address)
-    elif token() is not None:
+        return check_head(address)
+    if token() is not None:
         use_token(where)
+    return None
 
 
 def _refuse_open() -> None:

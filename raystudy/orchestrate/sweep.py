@@ -114,8 +114,6 @@ class _Reporter(tune.Callback):
     ) -> None:
         if "status" not in result:
             return  # a watched trial goes on
-        for _ in range(int(result["attempts"]) - 1):
-            self._news.put(TrialNews(result["trial"], "retry"))
         self._news.put(TrialNews(result["trial"], result["status"], result["message"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -59,6 +59,9 @@ class Watch:
         self.states[trial_id] = news.state
         if news.state == "running":
             self._spoke[trial_id] = time.monotonic()
+            if self.metrics and trial_id in self.trials:
+                spec = self.trials[trial_id].spec
+                self.metrics.begin(trial_id, spec.task, spec.h1_share)
             self._events.setdefault(trial_id, self._count_events(trial_id))
         if news.state in ENDS:
             self._look_at(trial_id)
@@ -115,10 +118,11 @@ class Watch:
         self._events[trial_id] = self._events.get(trial_id, 0) + len(events)
         if events:
             self._spoke[trial_id] = time.monotonic()
-        spec = self.trials[trial_id].spec if trial_id in self.trials else None
         for event in events:
-            if self.metrics and spec:
-                self.metrics.event(trial_id, spec.task, spec.h1_share, event)
+            if event.get("event") == "retry":
+                self.shown.say(f"again {trial_id}: {event.get('error', '')}")
+            if self.metrics and trial_id in self.trials:
+                self.metrics.event(trial_id, event)
             self._detail[trial_id] = _detail(event) or self._detail.get(trial_id, "")
 
     def _ended(self, news: TrialNews) -> None:

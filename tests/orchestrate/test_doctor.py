@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 
 from raystudy.config import Tracking
 from raystudy.errors import StudyError
+from raystudy.orchestrate.access import is_loopback
+from raystudy.orchestrate.dashboard import check_dashboard
 from raystudy.study import FORMAT_VERSION, Study
-from raystudy.tracking import sync_study
+from raystudy.tracking import check_server, sync_study
 from tests.orchestrate import tiny
 from tests.orchestrate.verbs import Answer, Command, ask, refused
 from tests.s3_server import free_port
@@ -32,8 +36,8 @@ WORDS = {
 VERBS = {
     "wrong address": ("run", "prepare", "submit", "doctor"),
     "storage away": ("run", "prepare", "doctor", *READERS),
-    "storage is a file": ("run", "prepare", "doctor", *READERS),
-    "newer study": ("run", "doctor", *READERS),
+    "storage is a file": ("run", "plan", "prepare", "doctor", *READERS),
+    "newer study": ("run", "plan", "prepare", "doctor", *READERS),
     "older Ray": ("run", "prepare", "submit", "doctor"),
     "older MLflow": ("run", "doctor"),
 }
@@ -109,6 +113,51 @@ def answers(old_mlflow: str, tmp_path_factory: pytest.TempPathFactory) -> dict[t
 def test_what_is_wrong_is_named_with_its_remedy(wrong: str, verb: str, answers: dict[tuple[str, str], Answer]) -> None:
     answer = answers[wrong, verb]
     assert refused(answer, WORDS[wrong]), answer
+
+
+class OpenDashboard(BaseHTTPRequestHandler):
+    """Answers everybody with the right Ray, and nothing else."""
+
+    def do_GET(self) -> None:
+        known = self.path.startswith("/api/version")
+        self.send_response(200 if known else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps({"ray_version": ray.__version__}).encode() if known else b"")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://127.0.0.1:99999", "ftp://127.0.0.1", "http://"])
+def test_what_is_no_dashboard_address_is_refused_as_such(address: str) -> None:
+    with pytest.raises(StudyError, match="no dashboard address"):
+        check_dashboard(address)
+
+
+def test_a_dashboard_that_asks_nobody_and_hides_its_machines_is_refused() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OpenDashboard) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with pytest.raises(StudyError, match="does not tell its machines"):
+            check_dashboard(f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [("localhost", True), ("127.0.0.53", True), ("::1", True), ("[::1]", True), ("127.evil.example", False),
+     ("10.0.0.5", False), ("", False), (None, False)],
+)  # fmt: skip
+def test_only_loopback_is_this_machine_alone(host: str | None, alone: bool) -> None:
+    assert is_loopback(host) is alone
+
+
+def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is no database")
+    for uri in (f"sqlite:///{tmp_path}/nowhere/m.db", f"sqlite:///{tmp_path}/text.db", "postgresql://127.0.0.1:9/m"):
+        with pytest.raises(StudyError, match="database cannot be opened"):
+            check_server(uri)
+    check_server(f"sqlite:///{tmp_path}/new.db")
+    assert not (tmp_path / "new.db").exists()
 
 
 def test_a_sound_machine_is_not_found_wrong(tmp_path: Path) -> None:

@@ -85,6 +85,35 @@ def test_an_mlflow_on_the_heads_loopback_is_not_expected_here(space: Space, long
 
 
 @needs_a_space
+def test_a_newer_study_is_refused_before_a_job_is_made(space: Space, long_study: Path) -> None:
+    before = job_names(space)
+    newer = space.home / "studies" / "newer" / "plan.json"
+    newer.parent.mkdir(parents=True)
+    newer.write_text(json.dumps({"format": 99}))
+    done = space.raystudy("submit", long_study, "--address", HERE, "--set", "name=newer")
+    assert (done.returncode, "newer raystudy" in done.stderr) == (2, True), done.stderr
+    assert job_names(space) == before
+
+
+@needs_a_space
+def test_options_of_a_submission_reach_the_run_and_its_exit_code_comes_back(space: Space, long_study: Path) -> None:
+    lock = space.home / "studies" / "elsewhere" / "lock.json"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(json.dumps({"owner": "process 1 on gone", "host": "gone", "token": "t", "heartbeat": 1.0}))
+    more = ("--set", "name=elsewhere", "--set", "mixtures=[50]", "--set", "training.epochs=2",
+            "--set", "training.projection_interval=2", "--set", "explain.enabled=false")  # fmt: skip
+    done = space.raystudy("submit", long_study, "--address", HERE, *more)
+    assert done.returncode == 2, done.stdout
+    assert "--take-over" in done.stdout
+    done = space.raystudy("submit", long_study, "--address", HERE, *more, "--take-over", "--only", "failed")
+    assert done.returncode == 0, done.stdout
+    assert not lock.exists()
+    assert {t["state"] for t in json.loads(space.raystudy("status", long_study, *more, "--json").stdout)["trials"]} == {
+        "waiting"
+    }  # none had failed
+
+
+@needs_a_space
 def test_a_study_that_nobody_runs_cannot_be_stopped(space: Space, long_study: Path) -> None:
     done = space.raystudy("stop", long_study, "--set", "name=nobody")
     assert (done.returncode, "there is no study here" in done.stderr) == (2, True)

@@ -142,7 +142,7 @@ def test_every_label_of_a_legend_is_there(prometheus: Prometheus) -> None:
 def test_what_is_shown_is_what_happens(prometheus: Prometheus) -> None:
     states = {s["metric"]["state"]: s["value"][1] for s in prometheus.query("ray_raystudy_trials")}
     assert states.pop("finished") == states.pop("running") == "1"
-    assert set(states.items()) == {(s, "0") for s in ("waiting", "interrupted", "failed", "diverged")}
+    assert set(states.items()) == {(s, "0") for s in ("waiting", "interrupted", "failed", "diverged", "stopped")}
     accuracy = prometheus.query("ray_raystudy_accuracy")
     assert {s["metric"]["test_set"] for s in accuracy} == {"Test-100H1", "Test-100H2", "Test-50-50"}
     assert {s["metric"]["h1_share"] for s in accuracy} == {"50"}

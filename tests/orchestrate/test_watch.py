@@ -1,0 +1,69 @@
+"""What the driver's metrics say while a trial is tried again, or hangs before its first word."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from raystudy.orchestrate.metrics import StudyMetrics
+from raystudy.orchestrate.progress import Silent
+from raystudy.orchestrate.sweep import TrialNews
+from raystudy.orchestrate.watch import Watch
+from raystudy.storage import open_storage
+from raystudy.study import Study
+
+TRIAL = "pneumonia-h1_050-seed0-abcdef"
+
+
+class Kept:
+    """Stands for Ray's gauge and keeps what was set."""
+
+    values: ClassVar[dict[str, float]] = {}
+
+    def __init__(self, name: str, description: str, tags: tuple[str, ...]) -> None:
+        self.info = {"name": name}
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.values[self.info["name"] + tags.get("trial_id", "") + tags.get("state", "")] = value
+
+
+@pytest.fixture
+def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
+    monkeypatch.setattr("raystudy.orchestrate.metrics.Gauge", Kept)
+    monkeypatch.setattr(Kept, "values", {})
+    trial: Any = SimpleNamespace(trial_id=TRIAL, spec=SimpleNamespace(task="pneumonia", h1_share=50))
+    study = Study(open_storage(tmp_path))
+    found = Watch(study, Silent(), {TRIAL: "waiting"}, StudyMetrics("s"))
+    found.begin([trial])
+    found.trial(TrialNews(TRIAL, "running"))
+    return found
+
+
+def look(watch: Watch) -> dict[str, float]:
+    watch._looked = 0.0
+    watch.tick()
+    return Kept.values
+
+
+def test_a_retry_counts_while_the_trial_is_tried_again_and_once_only(watch: Watch) -> None:
+    assert look(watch)["raystudy_retries_total"] == 0
+    event = {"time": time.time(), "event": "retry", "attempt": 1, "error": "out of memory"}
+    watch.study.trial(TRIAL).append_event("events", event)
+    assert look(watch)["raystudy_retries_total"] == 1
+    watch.trial(TrialNews(TRIAL, "finished"))
+    assert look(watch)["raystudy_retries_total"] == 1
+
+
+def test_a_trial_that_never_says_anything_is_heard_as_silent(watch: Watch) -> None:
+    watch._spoke[TRIAL] -= 700
+    assert look(watch)[f"raystudy_last_event_seconds{TRIAL}"] > 600
+
+
+def test_trials_that_a_search_ended_are_counted(watch: Watch) -> None:
+    watch.trial(TrialNews(TRIAL, "stopped"))
+    assert Kept.values["raystudy_trialsstopped"] == 1
+    assert Kept.values["raystudy_trialsrunning"] == 0
