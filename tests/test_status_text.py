@@ -5,14 +5,13 @@ import io
 from rich.console import Console
 
 from raystudy.status_text import clock, table
-from raystudy.study import StudyStatus, TrialStatus
+from raystudy.study import STATES, StudyStatus, TrialStatus
 
 IDS = ("pneumonia-h1_060-seed0-3fa9c1", "abnormality-h1_100-seed12-c7737a")
 
 
 def shown(*trials: TrialStatus) -> str:
-    counts = {s: sum(t.state == s for t in trials) for s in ("waiting", "running", "interrupted", "failed")}
-    counts |= {"diverged": 0, "finished": sum(t.state == "finished" for t in trials)}
+    counts = {s: sum(t.state == s for t in trials) for s in STATES}
     sink = io.StringIO()
     Console(file=sink, width=80).print(table(StudyStatus("s", "u", trials, None, counts)))
     return sink.getvalue()

@@ -104,6 +104,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
                 finished = server.query('ray_raystudy_explanations_total{state="finished"} == 2')
                 running = server.query("ray_raystudy_epoch > 2 and ray_raystudy_images_per_second > 0")
                 found = {"explained": finished, "trains": running, "scraped twice": server.query("rate(up[5m])")}
+                found["has no more to explain"] = server.query("ray_raystudy_explanation_queue == 0")
             except urllib.error.URLError:
                 return ["prometheus"]
             return [name for name, series in found.items() if not series]
