@@ -1,9 +1,8 @@
 """Where bytes lie: a local folder, an S3 bucket, or any other file system that pyarrow can open.
 
-Each backend knows seven verbs (read, write, create, exists, list, stat, delete) over keys with forward slashes, and
-turns what its service answers into ``FileNotFoundError`` (no such file), ``FileExistsError`` or a ``StudyError`` that
-names the remedy.  ``raystudy.storage`` builds everything else on these verbs.  S3 is
-in ``raystudy.s3_bucket``, which alone needs obstore.
+Each backend knows a few verbs (``Backend``) over keys with forward slashes, and turns what its service answers into
+``FileNotFoundError`` (no such file), ``FileExistsError`` or a ``StudyError`` that names the remedy.
+``raystudy.storage`` builds everything else on these verbs.  S3 is in ``raystudy.s3_bucket``, which alone needs obstore.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ class Backend(Protocol):
     """The verbs of a store; ``key`` is a relative path with forward slashes."""
 
     def read(self, key: str) -> bytes: ...
+    def read_head(self, key: str, size: int) -> bytes: ...
     def write(self, key: str, data: bytes) -> None: ...
     def create(self, key: str, data: bytes) -> None: ...
     def exists(self, key: str) -> bool: ...
@@ -55,6 +55,10 @@ class LocalFolder:
     def read(self, key: str) -> bytes:
         with self._refusals(key):
             return (self.root / key).read_bytes()
+
+    def read_head(self, key: str, size: int) -> bytes:
+        with self._refusals(key), open(self.root / key, "rb") as file:
+            return file.read(size)
 
     def write(self, key: str, data: bytes) -> None:
         with self._refusals(key, writing=True), self._aside(key, data) as (aside, target):
@@ -161,6 +165,10 @@ class ArrowFolder:
     def read(self, key: str) -> bytes:
         with self._refusals(key), self.file_system.open_input_stream(self._path(key)) as file:
             return file.read()
+
+    def read_head(self, key: str, size: int) -> bytes:
+        with self._refusals(key), self.file_system.open_input_stream(self._path(key)) as file:
+            return file.read(size)
 
     def write(self, key: str, data: bytes) -> None:
         path = self._path(key)

@@ -59,6 +59,14 @@ class S3Bucket:
     def read(self, key: str) -> bytes:
         return self._ask(key, lambda path: bytes(obstore.get(self.store, path).bytes()))
 
+    def read_head(self, key: str, size: int) -> bytes:
+        def get(path: str) -> bytes:
+            if not obstore.head(self.store, path)["size"]:
+                return b""  # of an empty object no range can be had
+            return bytes(obstore.get(self.store, path, options={"range": (0, size)}).bytes())
+
+        return self._ask(key, get)
+
     def write(self, key: str, data: bytes) -> None:
         self._ask(key, lambda path: self._put(path, data, "overwrite"))
 

@@ -33,6 +33,7 @@ REMEDY = "delete this file and run the same command again"
 EVENT_READERS = 16  # concurrent requests when events are read from object storage
 
 _AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION")
+_NAMES_NO_USER = ("s3", "gs", "gcs", "http", "https")  # where the part before @ is a key; elsewhere a container or user
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
@@ -63,6 +64,10 @@ class Storage:
 
     def read_bytes(self, path: str) -> bytes:
         return self._backend.read(_checked(path))
+
+    def read_head(self, path: str, size: int) -> bytes:
+        """Return the first ``size`` bytes of a file, or all of a shorter one."""
+        return self._backend.read_head(_checked(path), size)
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a whole file: it is seen complete or not at all, also after a crash."""
@@ -193,7 +198,8 @@ def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float | None = N
     if "://" not in text:
         return Storage(os.path.abspath(Path(text).expanduser()), retry_seconds)  # no ".." is left in it
     parts = urlsplit(text)
-    if parts.username or parts.password or parts.query:
+    text = parts.scheme + text[len(parts.scheme) :]  # S3://bucket is s3://bucket
+    if parts.password or parts.query or (parts.username and parts.scheme in _NAMES_NO_USER):
         raise StudyError(
             "a storage address may hold no credentials and no options",
             where=f"{parts.scheme}://…@{parts.hostname}{parts.path}",

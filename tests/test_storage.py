@@ -35,8 +35,10 @@ def test_bytes_come_back_as_written(storage: Storage) -> None:
     content = bytes(range(256)) * 10_000
     storage.write_bytes("a/b/c.bin", content)
     assert storage.read_bytes("a/b/c.bin") == content
+    for size in (1, 1000, len(content), len(content) + 1):
+        assert storage.read_head("a/b/c.bin", size) == content[:size]
     storage.write_bytes("a/b/c.bin", b"")
-    assert storage.read_bytes("a/b/c.bin") == b""
+    assert storage.read_bytes("a/b/c.bin") == storage.read_head("a/b/c.bin", 9) == b""
 
 
 def test_awkward_names_are_kept(storage: Storage) -> None:
@@ -50,8 +52,9 @@ def test_a_missing_file_is_file_not_found(storage: Storage) -> None:
     storage.write_bytes("folder/file", b"x")
     for path in ("nothing", "folder/nothing", "folder", "no/such/folder/file"):
         assert not storage.exists(path)
-        with pytest.raises(FileNotFoundError):
-            storage.read_bytes(path)
+        for read in (storage.read_bytes, lambda name: storage.read_head(name, 9)):
+            with pytest.raises(FileNotFoundError):
+                read(path)
         storage.delete(path) if path != "folder" else None
     assert storage.exists("folder/file")
 
@@ -234,6 +237,14 @@ def test_relative_and_file_addresses_become_absolute(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert open_storage("studies").uri == str(tmp_path / "studies")
     assert open_storage(f"file://{tmp_path}/st%20udies").uri == f"{tmp_path}/st udies"
+    assert open_storage("S3://bucket/Films/").uri == "s3://bucket/Films"
+
+
+@pytest.mark.parametrize("address", ["abfs://films@account.dfs.core.windows.net/a", "hdfs://user@host:8020/films"])
+def test_a_container_or_user_before_the_host_is_no_secret(address: str) -> None:
+    assert open_storage(address).uri == address
+    with pytest.raises(StudyError, match="no credentials"):
+        open_storage(address.replace("@", ":secret@"))
 
 
 @pytest.mark.parametrize(
@@ -252,6 +263,7 @@ def test_another_file_system_of_pyarrow_reads_and_writes_but_does_not_lock(tmp_p
     folder = ArrowFolder(pyarrow.fs.LocalFileSystem(), str(tmp_path), "gs://bucket")
     folder.write("a/b.png", b"film")
     assert folder.read("a/b.png") == b"film"
+    assert (folder.read_head("a/b.png", 3), folder.read_head("a/b.png", 9)) == (b"fil", b"film")
     assert list(folder.list("")) == ["a/b.png"]
     assert list(folder.list("never")) == []
     assert folder.stamps("a")["b.png"].size == 4

@@ -12,12 +12,13 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from raystudy.cohorts.dicom_file import frame_size, plain_file
 from raystudy.cohorts.manifest import canonical_splits, canonical_views, read_findings, refuse_unknown
 from raystudy.cohorts.settings import DicomSource
 from raystudy.cohorts.tables import SourceTable, checked_rows, path_stays_below, read_text_table, refuse_rows
@@ -31,16 +32,18 @@ if TYPE_CHECKING:
 HEADER_FIELDS = ["PatientID", "ViewPosition", "Modality", "Rows", "Columns"]
 PIXEL_FIELDS = [
     "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PlanarConfiguration", "PhotometricInterpretation",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "RescaleSlope",
-    "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction", "WindowCenter", "WindowWidth",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction", "WindowCenter",
+    "WindowWidth",
     "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
     "BluePaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData",
     "BluePaletteColorLookupTableData", "PixelData",
 ]  # fmt: skip
 RADIOGRAPHS = ("CR", "DX", "RG", "OT", "")
+COLUMNS_TAG = 0x00280011  # the last of HEADER_FIELDS in a file
 HEAD_BYTES = 1 << 16
+LONG_HEAD_BYTES = 1 << 24  # of a file whose private fields or tables stand before the image's size
 READERS = 16
-DEFLATED = "1.2.840.10008.1.2.1.99"
 RLE = "1.2.840.10008.1.2.5"
 # What pydicom and its decoders raise, beside pydicom's own errors, on bytes that are no sound DICOM film.
 _DAMAGE = (
@@ -132,39 +135,35 @@ def _read_headers(root: Storage, files: pd.Series, where: str) -> pd.DataFrame:
 
 def _header(root: Storage, path: str) -> tuple[str, str] | str:
     """Return (patient, view), or the reason why the file cannot be used."""
-    from pydicom.errors import BytesLengthException, InvalidDicomError
+    from pydicom.errors import BytesLengthException
 
-    file_system, base = root.filesystem()
     try:
-        with file_system.open_input_file(f"{base.rstrip('/')}/{path}") as file:
-            head, size = file.read(HEAD_BYTES), file.size()
-        fields = _fields(head) if size <= HEAD_BYTES or _deflated_at(head) is None else None
-        if fields is None:
-            fields = _fields(root.read_bytes(path))
+        head = root.read_head(path, HEAD_BYTES)
+        fields = _fields(head) or _fields(root.read_head(path, LONG_HEAD_BYTES))
     except FileNotFoundError:
         return "there is no such file"
-    except InvalidDicomError:
-        return "it does not begin like a DICOM file"
     except (*_DAMAGE, BytesLengthException) as error:
         return " ".join(str(error).split())[:120] or type(error).__name__
-    patient, view, modality = fields or ("", "", "")
+    if fields is None:
+        return "it holds no image"
+    patient, view, modality = fields
     if modality not in RADIOGRAPHS:
         return f"its modality is {modality}"
     return patient, view
 
 
-def _fields(data: bytes) -> tuple[str, str, str] | None:
-    """Return patient, view and modality; None when the head ends before the header does."""
-    from pydicom import dcmread
+def _fields(head: bytes) -> tuple[str, str, str] | None:
+    """Return patient, view and modality; None when the image's size does not stand in this head of a file."""
+    from pydicom.filereader import read_partial
+    from pydicom.tag import Tag
 
+    tags: list[Any] = [Tag(field) for field in HEADER_FIELDS]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        file = io.BytesIO(data)
-        header = dcmread(file, stop_before_pixels=True, specific_tags=HEADER_FIELDS)
-        if len(data) == HEAD_BYTES and file.tell() >= len(data):
-            return None
+        file = io.BytesIO(plain_file(head, LONG_HEAD_BYTES).data)
+        header = read_partial(file, lambda tag, vr, length: tag > COLUMNS_TAG, specific_tags=tags)
         if "Rows" not in header or "Columns" not in header:
-            raise ValueError("it holds no image")
+            return None
         values = (header.get(field) for field in ("PatientID", "ViewPosition", "Modality"))
         patient, view, modality = ("" if value is None else str(value).strip() for value in values)
     return patient, view, modality
@@ -174,8 +173,9 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
     """Decode one DICOM film to grey, black = 0.
 
     The modality transformation comes first, then the first VOI LUT, or else the first window, over the full range of
-    the result.  Where there is neither, samples of up to 8 bits are kept and deeper ones run from the film's smallest
-    value to its largest.  MONOCHROME1 is inverted; padding is black; colour becomes ITU-R 601 luma (PS3.3 C.11.1-2).
+    the result.  Where there is neither, samples of up to 8 bits keep their place in the range of their bits and deeper
+    ones run from the film's smallest value to its largest.  MONOCHROME1 is inverted; padding is black; colour becomes
+    ITU-R 601 luma (PS3.3 C.11.1-2).
 
     Parameters
     ----------
@@ -191,15 +191,14 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
     StudyError : the extra, or the plug-in for this compression, is not installed.
     """
     _require_pydicom()
-    from pydicom.errors import BytesLengthException, InvalidDicomError
+    from pydicom.errors import BytesLengthException
     from pydicom.pixels.decoders.base import get_decoder
 
-    limit = (pixel_cap or 1 << 28) * 6 + HEAD_BYTES
+    limit = (pixel_cap or 1 << 28) * 6 + LONG_HEAD_BYTES
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            _check_deflated(data, limit)
-            film = _read(data)
+            film = _read(data, limit)
             _check_image(film, pixel_cap)
             syntax = film.file_meta.TransferSyntaxUID
             if syntax.is_encapsulated and not get_decoder(syntax).is_available:
@@ -208,19 +207,26 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
                 )
             if syntax == RLE:  # the compiled plug-in for it aborts on damaged segments instead of raising an error
                 film.pixel_array_options(decoding_plugin="pydicom")
+            if syntax.is_encapsulated:
+                _check_frame(film)
             return _grey(film)
-        except (*_DAMAGE, InvalidDicomError, BytesLengthException) as error:
+        except (*_DAMAGE, BytesLengthException) as error:
             text = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"DICOM: {text}") from error
 
 
-def _read(data: bytes) -> Dataset:
+def _read(data: bytes, limit: int) -> Dataset:
     from pydicom import dcmread
 
+    file = plain_file(data, limit)
+    if not file.whole and len(file.data) > limit:
+        raise ValueError("decompression bomb: the deflated data set is larger than the pixel cap allows")
+    if not file.whole:
+        raise ValueError("truncated: the file ends inside its deflated data set")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "End of file reached")  # pydicom would go on without the data set
         try:
-            return dcmread(io.BytesIO(data), specific_tags=PIXEL_FIELDS)
+            return dcmread(io.BytesIO(file.data), specific_tags=PIXEL_FIELDS)
         except UserWarning as warning:
             raise ValueError("truncated: the file ends inside its data") from warning
 
@@ -230,19 +236,6 @@ def _require_pydicom() -> None:
         import pydicom  # noqa: F401 (only whether it is there)
     except ImportError:
         raise StudyError("reading DICOM needs the extra `dicom`", remedy="pip install 'raystudy[dicom]'") from None
-
-
-def _deflated_at(data: bytes) -> int | None:
-    """Return where the deflated data set begins, or None when the file is not deflated."""
-    if data[128:136] != b"DICM\x02\0\0\0" or DEFLATED.encode() not in data[:1024]:
-        return None
-    return 144 + int.from_bytes(data[140:144], "little")
-
-
-def _check_deflated(data: bytes, limit: int) -> None:
-    start = _deflated_at(data)
-    if start is not None and len(zlib.decompressobj(-15).decompress(data[start:], limit + 1)) > limit:
-        raise ValueError("decompression bomb: the deflated data set is larger than the pixel cap allows")
 
 
 def _check_image(film: Dataset, pixel_cap: int | None) -> None:
@@ -255,23 +248,32 @@ def _check_image(film: Dataset, pixel_cap: int | None) -> None:
         raise ValueError(f"animated: {film.NumberOfFrames} frames")
 
 
+def _check_frame(film: Dataset) -> None:
+    """Refuse a compressed frame of another size than the header's: decoders would make room for the frame's own."""
+    from pydicom.encaps import generate_frames
+
+    frame = next(generate_frames(film.PixelData, number_of_frames=1))
+    said, announced = (int(film.Columns), int(film.Rows)), frame_size(frame)
+    if announced not in (None, said):
+        width, height = announced
+        raise ValueError(f"the header says {said[0]} × {said[1]}, its compressed frame {width} × {height}")
+
+
 def _grey(film: Dataset) -> NDArray[np.uint8] | NDArray[np.uint16]:
     from pydicom.pixels.processing import apply_color_lut
 
     samples = film.pixel_array
     kind = str(film.PhotometricInterpretation)
+    deep = int(film.BitsStored) > 8
+    full = 65535 if deep else 255
     if kind == "PALETTE COLOR":
         samples = apply_color_lut(samples, film)
-    if samples.ndim == 3:
-        # 8 bits of 8 or 16 of 16: pydicom has turned YBR into RGB. The weights are ITU-R 601's, in 1/65536.
-        weighted = samples[..., :3].astype(np.uint64) @ np.array([19595, 38470, 7471], np.uint64)
-        luma = (weighted + (1 << 15)) >> 16
-        return luma.astype(np.uint8) if samples.dtype == np.uint8 else luma.astype(np.uint16)
+        return _luma(samples, 255 if samples.dtype == np.uint8 else 65535)
+    if samples.ndim == 3:  # 8 bits of 8 or 16 of 16: pydicom has turned YBR into RGB
+        return _luma(samples, 2 ** int(film.BitsStored) - 1)
     if kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"photometric interpretation {kind} of one sample a pixel is not known")
     padded = _padding(samples, film)
-    deep = int(film.BitsStored) > 8
-    full = 65535 if deep else 255
     grey = np.rint(_shown(samples, padded, film) * full)
     if kind == "MONOCHROME1":
         grey = full - grey
@@ -279,9 +281,21 @@ def _grey(film: Dataset) -> NDArray[np.uint8] | NDArray[np.uint16]:
     return grey.astype(np.uint16) if deep else grey.astype(np.uint8)
 
 
+def _luma(samples: np.ndarray, white: int) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Return ITU-R 601 luma (weights in 1/65536) of (H, W, 3) samples in 0…white, over 0…255 or 0…65535."""
+    weighted = samples[..., :3].astype(np.uint64) @ np.array([19595, 38470, 7471], np.uint64)
+    full = 255 if white <= 255 else 65535
+    luma = np.minimum((weighted * full // white + (1 << 15)) >> 16, full)
+    return luma.astype(np.uint8) if full == 255 else luma.astype(np.uint16)
+
+
 def _padding(samples: np.ndarray, film: Dataset) -> NDArray[np.bool_]:
-    value = film.get("PixelPaddingValue")
-    return samples == int(value) if value is not None else np.zeros(samples.shape, bool)
+    """True where a sample is padding: one value, or all from it to the limit (PS3.3 C.7.5.1.1.2)."""
+    value, limit = film.get("PixelPaddingValue"), film.get("PixelPaddingRangeLimit")
+    if value is None:
+        return np.zeros(samples.shape, bool)
+    low, high = sorted((int(value), int(value if limit is None else limit)))
+    return (samples >= low) & (samples <= high)
 
 
 def _shown(samples: np.ndarray, padded: np.ndarray, film: Dataset) -> NDArray[np.float64]:
@@ -296,9 +310,11 @@ def _shown(samples: np.ndarray, padded: np.ndarray, film: Dataset) -> NDArray[np
     center, width = _first_number(film, "WindowCenter"), _first_number(film, "WindowWidth")
     if center is not None and width is not None:
         return _windowed(values, center, width, str(film.get("VOILUTFunction") or "LINEAR").upper())
-    if int(film.BitsStored) <= 8 and int(film.PixelRepresentation) == 0 and "ModalityLUTSequence" not in film:
-        return samples.astype(np.float64) / 255
-    inside = values[~padded]
+    bits = int(film.BitsStored)
+    if bits <= 8 and int(film.PixelRepresentation) == 0 and "ModalityLUTSequence" not in film:
+        inside = apply_modality_lut(np.array([0, 2**bits - 1]), film).astype(np.float64)  # a slope may be negative
+    else:
+        inside = values[~padded]
     low, high = (float(inside.min()), float(inside.max())) if inside.size else (0.0, 0.0)
     return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros(values.shape)
 

@@ -54,7 +54,7 @@ def read_nih(name: str, source: NihSource, cohort: CohortSettings, drop_duplicat
         {
             "path": path,
             "original": frame[NAME],
-            "patient": frame[PATIENT],
+            "patient": frame[PATIENT].astype("int64").astype(str),  # "1" and "00000001" are one patient
             "view": canonical_views(frame, VIEW, "", where),
             "split": _splits(frame, source, cohort, root, where),
             "found": found,

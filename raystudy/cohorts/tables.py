@@ -147,7 +147,11 @@ def _first_records(data: bytes, delimiter: str, where: str) -> tuple[list[str], 
         reader = csv.reader(text, delimiter=delimiter)
         names = next(reader)
         return names, len(next(reader, names))
-    except (csv.Error, UnicodeDecodeError, StopIteration):
+    except csv.Error as error:
+        raise StudyError(
+            f"the header or the first row is no CSV: {error}", where=where, remedy="quote the cells"
+        ) from None
+    except (UnicodeDecodeError, StopIteration):
         raise StudyError("the header line is not UTF-8 text", where=where, remedy="CSV in UTF-8, or Parquet") from None
 
 
@@ -185,7 +189,9 @@ def _as_text(column: pyarrow.ChunkedArray, name: str, where: str, separator: str
             column = pyarrow.chunked_array([pc.call_function("binary_join", [lists, pyarrow.scalar(separator)])])
         elif pyarrow.types.is_dictionary(kind):
             column = column.cast(kind.value_type)
-        return column.cast(pyarrow.string()).fill_null("").to_pandas()
+        column = column.cast(pyarrow.string()).fill_null("")
+        column.validate(full=True)  # a file may call any bytes UTF-8
+        return column.to_pandas()
     except pyarrow.ArrowException:
         raise StudyError(
             f"the column {name!r} of type {kind} cannot be read as text", where=where, remedy="text or numbers"

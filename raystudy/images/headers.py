@@ -1,7 +1,7 @@
 """What a film's own bytes say before any decoder sees them: format, size, components, checksums, completeness.
 
-A PNG is checked to its last byte.  A JPEG has no checksum: its structure, kind and end are checked, a flipped bit
-inside its scan is not seen by anybody.
+A PNG is checked to its last byte.  A JPEG has no checksum: its structure, kind and end are checked; a flipped bit
+inside its scan, or a scan that was cut and closed with an end marker, is not seen by anybody.
 """
 
 from __future__ import annotations

@@ -116,6 +116,6 @@ def _build(storage: Storage, key: str, ids: tuple[str, ...], target: Path, size:
 
 
 def _remove_unused(folder: Path) -> None:
-    for path in folder.glob("*.u8"):
+    for path in (*folder.glob("*.u8"), *folder.glob("*.aside")):
         if time.time() - path.stat().st_mtime > KEPT_DAYS * 86400:
             path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from raystudy.cohorts.dicom import HEADER_FIELDS, PIXEL_FIELDS, decode_dicom, read_dicom
+from raystudy.cohorts.dicom import HEAD_BYTES, HEADER_FIELDS, PIXEL_FIELDS, decode_dicom, read_dicom
 from raystudy.cohorts.tables import SourceTable
 from raystudy.cohorts.vocabulary import names
 from raystudy.errors import StudyError
+from raystudy.object_stores import LocalFolder
 from tests.cohorts.hospitals import source
 
 pydicom = pytest.importorskip("pydicom", reason="the extra raystudy[dicom] is not installed")
+RNG = np.random.default_rng(0)
 RAMP = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)  # every 12-bit value once
 
 
@@ -67,6 +70,14 @@ def test_eight_bit_samples_without_a_window_are_kept() -> None:
     assert np.array_equal(decoded(pixels, bits=8), pixels)
 
 
+def test_eight_bit_samples_follow_their_rescaling_and_the_range_of_their_bits() -> None:
+    pixels = (RAMP // 32 + 50).astype(np.uint8)
+    assert np.array_equal(decoded(pixels, bits=8, RescaleSlope=3, RescaleIntercept=-7), pixels)
+    assert np.array_equal(decoded(pixels, bits=8, RescaleSlope=-1, RescaleIntercept=255), 255 - pixels)
+    six = (RAMP // 64).astype(np.uint8)
+    assert np.array_equal(decoded(six, bits=6), np.rint(six / 63 * 255))
+
+
 def test_monochrome1_is_inverted() -> None:
     assert np.array_equal(decoded(PhotometricInterpretation="MONOCHROME1"), 65535 - decoded())
 
@@ -112,6 +123,21 @@ def test_padding_is_black_and_does_not_stretch_the_rest() -> None:
         grey = decoded(pixels, PixelPaddingValue=4095, PhotometricInterpretation=kind)
         assert (grey[:, :8] == 0).all()
         assert (grey[:, 8:].min(), grey[:, 8:].max()) == (0, 65535)
+
+
+def test_padding_may_be_a_range() -> None:
+    pixels = RAMP.copy() // 4 + 100
+    pixels[:, :8] = np.arange(8) + 4000
+    grey = decoded(pixels, PixelPaddingValue=4000, PixelPaddingRangeLimit=4007)
+    assert (grey[:, :8] == 0).all()
+    assert (grey[:, 8:].min(), grey[:, 8:].max()) == (0, 65535)
+
+
+def test_colour_of_twelve_bits_reaches_white() -> None:
+    pixels = np.stack([RAMP, RAMP, RAMP], -1)
+    grey = decoded(pixels, bits=12)
+    assert grey.dtype == np.uint16
+    assert np.abs(grey.astype(int) - np.rint(RAMP / 4095 * 65535)).max() <= 1
 
 
 def test_colour_becomes_luma() -> None:
@@ -205,15 +231,58 @@ def test_truncated_and_flipped_bytes_never_give_anything_but_a_film_or_a_reason(
     assert refused > 30
 
 
-def test_pixel_cap_is_checked_on_the_header_and_inside_deflated_files() -> None:
+def deflated(dataset: Any) -> Any:
+    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
+    return dataset
+
+
+def without_group_length(data: bytes) -> bytes:
+    """A file whose meta information does not say how long it is: the inflater must not be found by that."""
+    assert data[132:136] == b"\2\0\0\0"
+    return data[:132] + data[144:]
+
+
+@pytest.mark.parametrize("change", [bytes, without_group_length])
+def test_pixel_cap_is_checked_on_the_header_and_inside_deflated_files(change: Any) -> None:
     with pytest.raises(ValueError, match="decompression bomb"):
         decode_dicom(written(film()), pixel_cap=4095)
-    bomb = film(np.zeros((3000, 3000), np.uint16))
-    bomb.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
-    data = written(bomb)
+    data = change(written(deflated(film(np.zeros((3000, 3000), np.uint16)))))
     assert len(data) < 100_000
-    with pytest.raises(ValueError, match="deflated"):
+    with pytest.raises(ValueError, match="decompression bomb: the deflated data set"):
         decode_dicom(data, pixel_cap=10_000)
+    small = film()
+    assert np.array_equal(decode_dicom(change(written(deflated(small)))), decoded())
+
+
+def test_a_header_reads_no_more_of_a_bomb_than_a_head(folder: Path) -> None:
+    zeros = film(PatientID="b", ViewPosition="AP")
+    zeros.add_new((0x0009, 0x0010), "LO", "vendor")
+    zeros.add_new((0x0009, 0x1001), "OB", bytes(200_000_000))
+    for change in (bytes, without_group_length):
+        (folder / "pneumonia" / "b.dcm").write_bytes(change(written(deflated(zeros))))
+        tracemalloc.start()
+        with pytest.raises(StudyError, match=r"b\.dcm: it holds no image"):
+            read(folder)
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+        tracemalloc.stop()
+
+
+FRAMES = {  # file, what marks the frame's own size, the place of the height's lower two bytes behind it
+    "JPEG": ("SC_rgb_jpeg.dcm", b"\xff\xc0", 5),
+    "JPEG, 12 bit": ("JPGExtended.dcm", b"\xff\xc1", 5),
+    "JPEG-LS": ("MR_small_jpeg_ls_lossless.dcm", b"\xff\xf7", 5),
+    "JPEG 2000": ("JPEG2000.dcm", b"\xff\x4f\xff\x51", 14),
+}
+
+
+@pytest.mark.parametrize(("name", "mark", "place"), FRAMES.values(), ids=FRAMES)
+def test_a_compressed_frame_must_have_the_size_of_the_header(name: str, mark: bytes, place: int) -> None:
+    data = bytearray(shipped(name))
+    decode_dicom(bytes(data))
+    at = data.index(mark, data.index(b"\xff\xd8\xff" if mark[1] != 0x4F else mark)) + place
+    data[at : at + 2] = b"\x7f\xff"
+    with pytest.raises(ValueError, match=r"the header says \d+ × \d+, its compressed frame \d+ × 32767"):
+        decode_dicom(bytes(data), pixel_cap=2_000_000)
 
 
 def test_missing_extra_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,9 +325,9 @@ def test_headers_that_are_longer_than_the_first_read_are_read_whole(folder: Path
     long.add_new((0x0009, 0x0010), "LO", "vendor")
     long.add_new((0x0009, 0x1001), "OB", b"\1" * 200_000)
     (folder / "pneumonia" / "a.dcm").write_bytes(written(long))
-    deflated = film(PatientID="b", ViewPosition="AP")
-    deflated.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
-    (folder / "pneumonia" / "b.dcm").write_bytes(written(deflated))
+    other = deflated(film(RNG.integers(0, 4096, (400, 400)).astype(np.uint16), PatientID="b", ViewPosition="AP"))
+    (folder / "pneumonia" / "b.dcm").write_bytes(written(other))
+    assert (folder / "pneumonia" / "b.dcm").stat().st_size > HEAD_BYTES
     rows = read(folder).rows
     assert rows["patient_id"].tolist() == ["H1:c", "H1:a", "H1:b"]
     assert rows["view"].tolist() == ["", "PA", "AP"]
@@ -298,6 +367,15 @@ def test_files_of_a_table_must_be_there_and_below_the_root(folder: Path, path: s
     (folder / "t.csv").write_text(f"file,labels\n{path},No Finding\n")
     with pytest.raises(StudyError, match=r"there is no such file|stay below its root"):
         read(folder, table="t.csv", columns={"findings": "labels"})
+
+
+def test_storage_that_does_not_answer_is_no_fault_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> bytes:
+        raise StudyError("no answer from the server", where="s3://films", remedy="start it")
+
+    monkeypatch.setattr(LocalFolder, "read_head", away)
+    with pytest.raises(StudyError, match="no answer from the server"):
+        read(folder)
 
 
 def test_no_identifying_field_is_on_the_allow_list() -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from raystudy.cohorts import tables
 from raystudy.errors import StudyError
 from tests.cohorts.hospitals import build, films_of, manifest
 
@@ -81,6 +84,25 @@ def cut_parquet(films: pd.DataFrame, rng: Rng) -> bytes:
     return sink.getvalue()[: int(rng.integers(8, len(sink.getvalue()) - 8))]
 
 
+def no_text_parquet(films: pd.DataFrame, rng: Rng) -> bytes:
+    """One cell of a text column holds bytes that are no UTF-8: Parquet's writer does not look."""
+    column = ["file", "patient", "view", "findings", "split"][int(rng.integers(5))]
+    cells = [str(value).encode() for value in films[column]]
+    cells[int(rng.integers(len(cells)))] += b"\xff\xfe"
+    raw = pyarrow.array(cells, pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers())
+    table = pyarrow.Table.from_pandas(films, preserve_index=False)
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table.set_column(table.column_names.index(column), column, text), sink)
+    return sink.getvalue()
+
+
+def long_cell(films: pd.DataFrame, rng: Rng) -> bytes:
+    name, _, rest = csv(films).partition(b"\n")
+    first, _, rest = rest.partition(b"\n")
+    return name + b"\n" + first + b"x" * int(rng.integers(131_072, 140_000)) + b"\n" + rest
+
+
 def noise(films: pd.DataFrame, rng: Rng) -> bytes:
     return rng.bytes(int(rng.integers(1, 4000)))
 
@@ -126,6 +148,8 @@ ATTACKS: dict[str, tuple[Callable[[pd.DataFrame, Rng], bytes], str]] = {
     "cut gzip": (cut_gzip, "gzip"),
     "flipped gzip": (flipped_gzip, "gzip"),
     "cut parquet": (cut_parquet, "Parquet"),
+    "no text in parquet": (no_text_parquet, "cannot be read as text"),
+    "an endless cell": (long_cell, "field larger than"),
     "noise": (noise, ""),
     "NUL bytes": (inserted(b"\0", b"\0\0\0\0"), "NUL"),
     "not UTF-8": (line(lambda row: row.replace(b",", b",\xff\xfe", 1)), "CSV"),
@@ -166,6 +190,20 @@ def test_the_same_table_without_an_attack_is_taken(tmp_path: Path) -> None:
         films_of(name).to_csv(tmp_path / f"{name}.csv", index=False)
     cohorts = build({"H1": manifest(tmp_path, "a.csv"), "H2": manifest(tmp_path, "b.csv")})
     assert set(cohorts.table["uri"].str.slice(0, len(str(tmp_path)) + 3)) == {f"{tmp_path}/a/", f"{tmp_path}/b/"}
+
+
+def test_a_table_that_unpacks_to_more_than_the_limit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv.gz").write_bytes(gzip.compress(csv(films_of(name))))
+    sources = {"H1": manifest(tmp_path, "a.csv.gz"), "H2": manifest(tmp_path, "b.csv.gz")}
+    size = max(len(csv(films_of(name))) for name in ("a", "b"))
+    monkeypatch.setattr(tables, "LARGEST_TABLE", size + 1)
+    build(sources)
+    monkeypatch.setattr(tables, "LARGEST_TABLE", size // 2)
+    with pytest.raises(StudyError, match="larger than 2 GiB"):
+        build(sources)
 
 
 @pytest.mark.parametrize("table", ["../good.csv", "/etc/passwd", "folder", "a//b.csv", ""])

@@ -55,6 +55,12 @@ def test_both_tables_are_read_with_their_broken_headers(tmp_path: Path, name: st
     assert rows["view"].tolist() == ["PA", "AP", "PA", "PA"]
 
 
+def test_one_patient_written_in_two_ways_is_one_patient(tmp_path: Path) -> None:
+    write(tmp_path, **{"00000001_001.png": "Edema,1,00000001,57,M,PA,2682,2749,0.143,0.143"})
+    rows = read(tmp_path, CohortSettings(split="random")).rows
+    assert set(rows.loc[rows["image_id"].str.startswith("H1/00000001_"), "patient_id"]) == {"H1:1"}
+
+
 def test_without_films_the_kaggle_tree_is_planned_with(tmp_path: Path) -> None:
     write(tmp_path)
     folders = [uri.removeprefix(f"{tmp_path}/").split("/")[0] for uri in read(tmp_path).rows["uri"]]

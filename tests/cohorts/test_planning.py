@@ -55,6 +55,17 @@ def test_plan_of_the_real_tables_has_no_overlap_and_the_paper_totals() -> None:
     assert plan.sources["H1"][-1] == "split paper_counts"
 
 
+def test_patients_in_two_splits_are_counted() -> None:
+    cohorts = draw((hospital("H1", 0, 300), hospital("H2", 1, 300)), mixtures=(0, 50))
+    assert plan_cohorts(cohorts, TASKS, {}, cohorts.settings).overlap == 0
+    films = cohorts.cohort("pneumonia", 50, 0)  # torn in place: the plan counts what the trials will get
+    trained, checked = (films.index[films["role"] == role] for role in ("train", "val"))
+    tested = cohorts.tests("pneumonia", 0)["patient_id"]
+    films.loc[checked[0], "patient_id"] = films.loc[trained[0], "patient_id"]
+    films.loc[trained[-1], "patient_id"] = tested.iloc[0]
+    assert plan_cohorts(cohorts, TASKS, {}, cohorts.settings).overlap == 2
+
+
 def test_official_valid_is_refused_with_have_8_need_145() -> None:
     official = CohortSettings(h2_test="official_valid")
     tables = real_tables()[0], read_source("H2", real_sources()["H2"], official, open_storage("nowhere"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,6 +93,24 @@ def test_a_build_that_was_cut_off_is_built_again(store: tuple[Storage, str], tmp
     np.testing.assert_array_equal(
         stream.map_pixels(storage, key, IDS, node).pixels, load_pixels(storage, key, IDS).pixels
     )
+
+
+def test_files_that_nobody_used_for_long_are_removed_when_another_is_built(
+    store: tuple[Storage, str], tmp_path: Path
+) -> None:
+    storage, key = store
+    node = tmp_path / "node"
+    old, cut, recent = (node / name for name in ("old.u8", "cut.aside", "recent.u8"))
+    node.mkdir()
+    for path, days in ((old, stream.KEPT_DAYS + 1), (cut, stream.KEPT_DAYS + 1), (recent, stream.KEPT_DAYS - 1)):
+        path.write_bytes(b"films")
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    used = Path(str(stream.map_pixels(storage, key, IDS, node).pixels.filename))
+    assert {path.name for path in node.iterdir() if path.suffix in (".u8", ".aside")} == {recent.name, used.name}
+    os.utime(used, (time.time() - (stream.KEPT_DAYS + 1) * 86400,) * 2)
+    stream.map_pixels(storage, key, IDS, node)  # being used is what counts
+    stream.map_pixels(storage, key, IDS[:9], node)
+    assert used.exists()
 
 
 def test_no_room_on_the_node_is_said_before_anything_is_written(
