@@ -13,6 +13,7 @@ import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -60,6 +61,8 @@ class Tracking(_Strict):
     def _an_address(cls, value: str) -> str:
         if value.partition("://")[0].partition("+")[0] not in STORES or "://" not in value:
             raise ValueError("must be sqlite:///FILE, an http(s):// server or the address of a database")
+        if urlsplit(value).password:
+            raise ValueError("must hold no password; set PGPASSWORD or MLFLOW_TRACKING_PASSWORD in the environment")
         return value
 
 

@@ -23,7 +23,7 @@ COLOURS = {
 
 def as_dict(status: StudyStatus) -> dict[str, Any]:
     """Return the status as JSON-ready data."""
-    return asdict(status)
+    return {**asdict(status), "seconds_left": status.seconds_left}
 
 
 def clock(seconds: float | None) -> str:
@@ -51,7 +51,8 @@ def table(status: StudyStatus) -> Group:
     for trial, line in zip(status.trials, lines, strict=True):
         spans = [Span(at, at + len(trial.state), COLOURS[trial.state])] if trial.state in COLOURS else []
         out.append(Text(line.rstrip(), no_wrap=True, spans=spans))
-    title = Text(f"{status.study}: {len(status.trials)} trials ({counts}); {driver}", "italic")
+    left = f"; about {clock(status.seconds_left)} of training left" if status.seconds_left is not None else ""
+    title = Text(f"{status.study}: {len(status.trials)} trials ({counts}); {driver}{left}", "italic")
     return Group(title, Text(), *out, *(Text(f"{t.trial_id}: {t.message}") for t in status.trials if t.message))
 
 

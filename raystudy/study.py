@@ -65,6 +65,18 @@ class StudyStatus:
     driver: dict[str, Any] | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def seconds_left(self) -> float | None:
+        """How long training goes on at the pace of the trials that run, explanations not counted; None: none tells."""
+        paces = [t.seconds_left / (t.epochs - t.epoch) for t in self.trials if t.seconds_left and t.epochs > t.epoch]
+        if not paces:
+            return None
+        running = [t for t in self.trials if t.state == "running"]
+        usual = sum(t.epochs for t in running) / len(running)
+        begun = sum(t.epochs - t.epoch for t in self.trials if t.state in ("running", "interrupted"))
+        epochs = begun + usual * sum(t.state == "waiting" for t in self.trials)
+        return epochs * sum(paces) / len(paces) / len(running)
+
 
 class Study:
     """A study directory on local or object storage."""

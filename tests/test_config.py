@@ -150,6 +150,9 @@ REFUSALS = {
         "tracking: {uri: foo://bar}\n", 7, "tracking.uri", "must be sqlite:///FILE", "http(s):// server",
     ),
     "a folder for a database": ("tracking: {uri: runs}\n", 7, "tracking.uri", "must be sqlite:///FILE", ""),
+    "a password": (
+        "tracking: {uri: postgresql://me:hunter2@db/mlflow}\n", 7, "tracking.uri", "must hold no password", "",
+    ),
     "a number for a key": ("3: 4\n", 7, "(top level)", "the key 3 is no text", "put the key in quotes"),
     "a number for a key of a section": ("training: {3: 4}\n", 7, "training", "the key 3 is no text", "quotes"),
     "two of three shares": (

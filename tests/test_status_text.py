@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from raystudy.status_text import clock, table
+from raystudy.status_text import as_dict, clock, table
 from raystudy.study import STATES, StudyStatus, TrialStatus
 
 IDS = ("pneumonia-h1_060-seed0-3fa9c1", "abnormality-h1_100-seed12-c7737a")
@@ -34,3 +34,15 @@ def test_a_running_trial_tells_stage_speed_and_time_left_and_a_failed_one_its_me
     for part in (*IDS, "joint", "3/8", "201", "0:01:01", f"{IDS[1]}: OSError: [disk] full"):
         assert part in text
     assert clock(None) == "–"
+
+
+def test_a_study_tells_how_long_its_training_goes_on() -> None:
+    running = TrialStatus("a", "running", "joint", 2, 10, 100.0, 16.0)  # 2 s an epoch
+    slower = TrialStatus("b", "running", "joint", 5, 10, 50.0, 20.0)  # 4 s
+    rest = (TrialStatus("c", "waiting"), TrialStatus("d", "interrupted", "warm", 3, 10), TrialStatus("e", "failed"))
+    # Left are 8 + 5 + 10 + 7 epochs of 3 s, two at a time.
+    text = shown(running, slower, *rest)
+    assert "about 0:00:45 of training left" in " ".join(text.split())
+    status = StudyStatus("s", "u", (running, slower, *rest))
+    assert as_dict(status)["seconds_left"] == 45
+    assert StudyStatus("s", "u", rest).seconds_left is None
