@@ -227,15 +227,6 @@ class Study:
         store = {path: _sha256(self._root, path) for path in tables}
         write_sealed(self.storage, IMAGES, {"keys": wanted, "store": store}, ())
 
-    def explanations(self, trial_id: str, job: str, files: dict[str, set[str]] | None = None) -> Storage | None:
-        """Return the directory of the newest finished explanation job of a trial, or None."""
-        names = (files or self.files()).get(trial_id, set())
-        keys = sorted(n.split("/")[1] for n in names if n.startswith(f"explain/{job}-") and n.endswith("/done.json"))
-        wanted = self.plan().get("explain", {}).get(trial_id, {}).get(job)
-        if wanted in keys:
-            return self.trial(trial_id).child("explain", wanted)
-        return self.trial(trial_id).child("explain", keys[-1]) if keys else None
-
     def driver(self) -> dict[str, Any] | None:
         """Return the lock's record when a driver holds the study and has been heard of lately."""
         try:

@@ -22,9 +22,12 @@ With one seed nothing is known about A: the interval is the patients' part, "con
 
 A share (accuracy, AUROC) of 0 or 100 % has V = 0.  Its reach is Wilson's, whose n p (1-p) is replaced by the measured
 sum of squares n^2 V with n patients: equal to Wilson's interval for independent binary patients, to z sqrt(V) for
-large n, and never of width zero.  A mean of measured shares (a relative drop) has reach t(n-1) sqrt(V).  A linear
-combination (difference, slope) combines the reaches of its shares by MOVER (Zou and Donner 2008) with the correlations
-of the resamples, so pairing by patient is kept.
+large n, and never of width zero.  A mean of measured shares (a relative drop) has reach t(n-1) sqrt(V).  Where V is far
+from p (1-p)/n (an AUROC, a mean over prototypes, films of few patients) both would stop short of the nearer bound; the
+reach is therefore at least that of Wilson's interval for n* = p (1-p)/V independent binary patients (the effective
+sample size of survey statistics, Korn and Graubard 1998).  A linear combination (difference, slope) combines the
+reaches of its shares by MOVER (Zou and Donner 2008) with the correlations of the resamples, so pairing by patient is
+kept.
 
 Patients are resampled with independent Exp(1) weights (Bayesian cluster bootstrap, Rubin 1981): no stratum is ever
 empty, and every estimate is a ratio of matrix products with one weight matrix.  Class and hospital counts of a test set
@@ -33,7 +36,7 @@ are fixed by design, so an estimate is put together from its (source, label) str
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,6 +52,13 @@ LEVEL = 0.95
 RESAMPLES = 2000
 CONDITIONAL = "conditional on this training run"
 CROSSED = "over training runs and patients"
+MIXED = "over training runs and patients; where a mixture has one training run, conditional on it"
+
+
+def label_of(seeds: Iterable[int]) -> str:
+    """Say what intervals from so many seeds each cover."""
+    single = {n == 1 for n in seeds}
+    return MIXED if len(single) > 1 else CONDITIONAL if True in single else CROSSED
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Interval:
     @property
     def label(self) -> str:
         """What the interval covers."""
-        return CONDITIONAL if self.seeds == 1 else CROSSED
+        return label_of([self.seeds])
 
     def excludes(self, value: float) -> bool:
         """Whether ``value`` lies outside the interval."""
@@ -163,8 +173,8 @@ def components(estimates: Floats, resampled: Floats) -> Components:
 def share_reach(share: Share) -> tuple[float, float]:
     """Return the distances from the estimate to the patients' limits, downwards and upwards.
 
-    Outcomes: p~ -+ z/(n + z^2) sqrt(n^2 V + z^2/4) with p~ = (n p + z^2/2)/(n + z^2), cut at 0 and 1.
-    A measured quantity: t(n-1) sqrt(V), cut at 0 and 1; without any variation as outcomes.
+    Outcomes: Wilson's limits with the measured variance; a measured quantity: t(n-1) sqrt(V), without any variation as
+    outcomes.  Both reach at least as far as Wilson's limits for the effective number of patients p (1-p)/V.
     """
     z = float(norm.ppf(0.5 + LEVEL / 2))
     n, p = share.patients, float(share.estimates.mean())
@@ -172,11 +182,23 @@ def share_reach(share: Share) -> tuple[float, float]:
     # Exp(1) weights give s^2/(m+1) with the divisor-m variance s^2 of m patients; unbiased is s^2/(m-1).
     variance = float(share.resampled.mean(axis=1).var()) * (stratum + 1) / (stratum - 1)
     if share.outcomes or variance < 1e-18 or n < 2:
-        centre = (n * p + z * z / 2) / (n + z * z)
-        half = float(z / (n + z * z) * np.sqrt(n * n * variance + z * z / 4))
+        quantile = z
+        limits = [_wilson(p, n, n * variance, z)]
     else:
-        centre, half = p, float(student.ppf(0.5 + LEVEL / 2, n - 1) * np.sqrt(variance))
-    return p - max(0.0, centre - half), min(1.0, centre + half) - p
+        quantile = float(student.ppf(0.5 + LEVEL / 2, n - 1))
+        half = quantile * float(np.sqrt(variance))
+        limits = [(max(0.0, p - half), min(1.0, p + half))]
+    if variance >= 1e-18 and 0 < p < 1:
+        limits.append(_wilson(p, p * (1 - p) / variance, p * (1 - p), quantile))
+    return p - min(low for low, _ in limits), max(high for _, high in limits) - p
+
+
+def _wilson(p: float, n: float, spread: float, quantile: float) -> tuple[float, float]:
+    """Return Wilson's limits of a share p of n patients whose p (1-p) is ``spread``: n times the variance of p."""
+    squared = quantile * quantile
+    centre = (n * p + squared / 2) / (n + squared)
+    half = quantile / (n + squared) * float(np.sqrt(n * spread + squared / 4))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def share_interval(share: Share) -> Interval:

@@ -14,10 +14,12 @@ from scipy.stats import t as student
 
 from raystudy.evaluate.intervals import LEVEL
 
+FEWEST_FILMS = 3
+
 
 @dataclass(frozen=True)
 class Concentration:
-    """Mean shares (0..1) of relevance and area, their ratio (1: no aim), its limits (None for one film), films."""
+    """Mean shares (0..1) of relevance and area, their ratio (1: no aim), its limits (None: too few films), films."""
 
     relevance: float
     area: float
@@ -32,8 +34,10 @@ def concentration(
 ) -> Concentration:
     """Return how relevance gathers in a mask, over unique prototypes weighted by multiplicity.
 
-    The interval is that of a ratio estimator (Cochran 1977, chapter 6) with films as independent units and t(n - 1): it
-    speaks of other films of the same training runs, not of other runs.
+    The interval is that of a ratio estimator (Cochran 1977, chapter 6) on the logarithmic scale, with films as
+    independent units and t(n* - 1), where n* = (sum W)^2 / sum W^2 is the effective number of films of weight W: ratios
+    are skewed, and a few films may carry most prototypes.  It speaks of other films of the same training runs, not of
+    other runs.  There is none for fewer than ``FEWEST_FILMS`` effective films, nor for a ratio of 0.
 
     Parameters
     ----------
@@ -56,9 +60,11 @@ def concentration(
     ratio = float(relevance / area)
     n = int(film.max()) + 1
     low = high = None
-    if n > 1:
+    weight = np.bincount(film, weights=w * x)
+    effective = float(weight.sum() ** 2 / (weight**2).sum())
+    if effective >= FEWEST_FILMS and ratio > 0:
         residual = np.bincount(film, weights=w * (y - ratio * x))  # a film, sums to 0
-        error = np.sqrt(n / (n - 1) * (residual**2).sum()) / (w * x).sum()
-        half = float(student.ppf(0.5 + LEVEL / 2, n - 1) * error)
-        low, high = max(0.0, ratio - half), ratio + half
+        error = np.sqrt(effective / (effective - 1) * (residual**2).sum()) / weight.sum()
+        reach = float(np.exp(student.ppf(0.5 + LEVEL / 2, effective - 1) * error / ratio))
+        low, high = ratio / reach, ratio * reach
     return Concentration(float(relevance), float(area), ratio, low, high, n)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raystudy.evaluate.arm import Arm, common_seeds
-from raystudy.evaluate.intervals import Interval, Share, combination_interval
+from raystudy.evaluate.intervals import CROSSED, Interval, Share, combination_interval, label_of
 
 FIRST, SECOND = "Test-100H1", "Test-100H2"
 
@@ -32,9 +32,10 @@ class Reliance:
 class Verdict:
     """What a page may say in one sentence, and what it rests on.
 
-    follows : ``hospital`` (the slope's interval lies above 0), ``inverse`` (below 0), ``neither shown`` (0 inside) or
-    ``unknown`` (fewer than two mixtures).  below, above : the mixtures nearest to 50 on either side from which on
-    outwards the interval of SRI excludes 0; None where there is none.
+    follows : ``hospital`` (the slope's interval lies above 0), ``inverse`` (below 0), ``uneven`` (0 inside, but the
+    hospitals fare differently at some mixture), ``neither shown`` or ``unknown`` (fewer than two mixtures).
+    below, above : the mixtures nearest to 50 on either side from which on outwards SRI's interval lies on the slope's
+    side of 0; None where there is none.
     """
 
     task: str
@@ -84,10 +85,14 @@ def slope(arm: Arm) -> Interval | None:
     return combination_interval([s.of(seeds) for s in shares], coefficients)
 
 
-def threshold(values: list[Reliance]) -> tuple[Reliance | None, Reliance | None]:
-    """Return the mixtures nearest to 50, below and above, from which on outwards SRI's interval excludes 0."""
-    below = _outermost_run([r for r in values if r.h1_share < 50])
-    above = _outermost_run([r for r in values if r.h1_share > 50][::-1])
+def threshold(values: list[Reliance], *, inverse: bool = False) -> tuple[Reliance | None, Reliance | None]:
+    """Return the mixtures nearest to 50, below and above, from which on outwards SRI is shown to follow the hospital.
+
+    That is an interval below 0 where H1 gives the smaller part of the positives and above 0 where it gives the larger;
+    ``inverse``: the other way round.
+    """
+    below = _outermost_run([r for r in values if r.h1_share < 50], 1 if inverse else -1)
+    above = _outermost_run([r for r in values if r.h1_share > 50][::-1], -1 if inverse else 1)
     return below, above
 
 
@@ -100,30 +105,42 @@ def verdict(arm: Arm, task: str) -> Verdict:
     """
     values = reliance(arm)
     line = slope(arm)
-    below, above = threshold(values)
     first, last = (values[0], values[-1]) if values else (None, None)
     if line is None or first is None or last is None:
         sentence = f"Too few mixtures of {task} are finished to say whether its classifier follows the hospital."
-        return Verdict(task, "unknown", line, below, above, first, last, sentence)
+        return Verdict(task, "unknown", line, None, None, first, last, sentence)
     ends = (
         f"from {mixture_name(first.h1_share)} to {mixture_name(last.h1_share)} its source reliance goes from "
         f"{_interval(first.source_reliance)} to {_interval(last.source_reliance)}"
     )
-    rests_on = f"; 95 % intervals{f', {line.label}' if line.seeds == 1 else ''}."
+    label = label_of([line.seeds, first.source_reliance.seeds, last.source_reliance.seeds])
+    rests_on = f"; 95 % intervals{'' if label == CROSSED else f', {label}'}."
     if not line.excludes(0.0):
-        sentence = f"No dependence of the {task} classifier on the hospital is shown: {ends}, slope {_interval(line)}"
-        return Verdict(task, "neither shown", line, below, above, first, last, sentence + rests_on)
+        trend = f"{ends}, slope {_interval(line)}"
+        odd = [r for r in values if r.source_reliance.excludes(0.0)]
+        if odd:
+            uneven = "fares differently on the two hospitals, but is not shown to follow the mixture"
+            sentence = f"The {task} classifier {uneven}: {trend}{_unequal(odd)}"
+            return Verdict(task, "uneven", line, None, None, first, last, sentence + rests_on)
+        sentence = f"No dependence of the {task} classifier on the hospital is shown: {trend}"
+        return Verdict(task, "neither shown", line, None, None, first, last, sentence + rests_on)
     follows = "hospital" if line.low > 0 else "inverse"
+    below, above = threshold(values, inverse=follows == "inverse")
     verb = "follows the hospital" if follows == "hospital" else "goes against the hospital"
     sentence = f"The {task} classifier {verb}: {ends}{_reach(below, above)}{_at_balance(values)}"
     return Verdict(task, follows, line, below, above, first, last, sentence + rests_on)
 
 
 def _reach(below: Reliance | None, above: Reliance | None) -> str:
-    """Say at which mixtures reliance is beyond doubt."""
+    """Say at which mixtures this is shown by their own intervals."""
     parts = [f"up to {mixture_name(below.h1_share)}"] if below else []
     parts += [f"from {mixture_name(above.h1_share)} on"] if above else []
-    return f", beyond doubt {' and '.join(parts)}" if parts else ", at no single mixture beyond doubt"
+    return f", shown {' and '.join(parts)}" if parts else ", shown by the trend, at no single mixture"
+
+
+def _unequal(odd: list[Reliance]) -> str:
+    """Name the mixtures at which the interval of SRI excludes 0."""
+    return f"; its interval excludes 0 at {', '.join(mixture_name(r.h1_share) for r in odd)}"
 
 
 def _at_balance(values: list[Reliance]) -> str:
@@ -149,11 +166,12 @@ def _pair(arm: Arm, x: int) -> tuple[Share, Share] | None:
     return (one.of(seeds), two.of(seeds)) if seeds else None
 
 
-def _outermost_run(inwards: list[Reliance]) -> Reliance | None:
-    """Return the last of the leading mixtures (from the outside inwards) whose interval excludes 0."""
+def _outermost_run(inwards: list[Reliance], sign: int) -> Reliance | None:
+    """Return the last of the leading mixtures (from the outside inwards) whose interval lies on this side of 0."""
     last = None
     for value in inwards:
-        if not value.source_reliance.excludes(0.0):
+        found = value.source_reliance
+        if not (found.low > 0 if sign > 0 else found.high < 0):
             break
         last = value
     return last

@@ -13,10 +13,11 @@ import pandas as pd
 
 from raystudy.evaluate.accuracy import score_test_sets
 from raystudy.evaluate.arm import Arm, TrialPredictions, build_arm
-from raystudy.evaluate.faithfulness import summarise
+from raystudy.evaluate.faithfulness import method_difference, summarise
 from raystudy.evaluate.intervals import Interval, share_interval
 from raystudy.evaluate.reliance import reliance
 
+DIFFERENCE = "prp-protopnet"
 TRIAL_KEYS = ("trial_id", "h1_share", "seed")  # what differs inside an arm
 
 
@@ -119,7 +120,10 @@ def faithfulness_table(trials: Sequence[KeyedTable], study_seed: int) -> pd.Data
 
 
 def faithfulness_mixture_table(trials: Sequence[KeyedTable], study_seed: int) -> pd.DataFrame:
-    """Return one row per arm, mixture, test set and method: AD and AI over seeds with their crossed intervals."""
+    """Return one row per arm, mixture, test set and method: AD and AI over seeds with their crossed intervals.
+
+    The row of method ``DIFFERENCE`` holds PRP minus ProtoPNet in points, paired by film, noise and training run.
+    """
     cells: dict[tuple[tuple[tuple[str, object], ...], int, str], list[pd.DataFrame]] = {}
     for trial in trials:
         for test_set, pairs in trial.table.groupby("test_set", sort=True):
@@ -132,6 +136,10 @@ def faithfulness_mixture_table(trials: Sequence[KeyedTable], study_seed: int) ->
             row |= _interval("average_drop", value.average_drop)
             row |= _interval("average_increase", value.average_increase)
             rows.append({**row, "interval": value.average_drop.label})
+        if {"prp", "protopnet"} <= {str(row["method"]) for row in rows[-3:]}:
+            drop, increase = method_difference(runs, study_seed)
+            row = {**rows[-1], "method": DIFFERENCE}
+            rows.append(row | _interval("average_drop", drop) | _interval("average_increase", increase))
     return pd.DataFrame(rows)
 
 

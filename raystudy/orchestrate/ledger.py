@@ -55,7 +55,8 @@ class Ledger:
         """Write plan.json and experiment.yaml; ``trials`` replaces the plan's own (a search adds to them)."""
         wanted = tuple(trials) if trials is not None else self.plan.trials
         explain = {t.trial_id: {job: _name(job, t) for job in JOBS} for t in wanted if t.explain.enabled}
-        plan = {**self.plan.as_json(), "trials": [t.trial_id for t in wanted], "explain": explain}
+        rows = {t.trial_id: _row_files(t) for t in wanted}
+        plan = {**self.plan.as_json(), "trials": [t.trial_id for t in wanted], "explain": explain, "rows": rows}
         text = yaml.safe_dump(self.plan.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         storage = self.study.storage
         write_sealed(storage, PLAN, plan, ())
@@ -109,10 +110,10 @@ class Ledger:
         trials = list(trials)
         sums: dict[int, Rows] = {}
         for trial in (t for t in (*self.plan.trials, *trials) if t.trial_id not in self.rows):
-            place = _place(trial)
-            cohort = _rows(f"cohorts/{place.format(f'h1_{trial.spec.h1_share:03d}')}", trial.cohort, contents, sums)
-            tests = _rows(f"cohorts/{place.format('test')}", trial.tests, contents, sums)
-            self.rows[trial.trial_id] = TrialRows(cohort, tests)
+            cohort, tests = _row_files(trial)
+            self.rows[trial.trial_id] = TrialRows(
+                _rows(cohort, trial.cohort, contents, sums), _rows(tests, trial.tests, contents, sums)
+            )
         with ThreadPoolExecutor(WRITERS) as pool:
             for _ in pool.map(lambda item: self._write_rows(*item), contents.items()):
                 pass
@@ -175,15 +176,13 @@ def _name(job: Job, trial: PlannedTrial) -> str:
     return job_directory(job, trial.explain).split("/", 1)[1]
 
 
-def _place(trial: PlannedTrial) -> str:
-    """Return the pattern of a trial's row files; axes that decide who is in the cohort get a mark of their own."""
-    parts = [trial.spec.task, "{}"]
-    if trial.spec.cohort_seed:
-        parts.append(f"cohort{trial.spec.cohort_seed}")
+def _row_files(trial: PlannedTrial) -> list[str]:
+    """Return where a trial's cohort and test rows lie; axes that decide who is drawn get a mark of their own."""
+    more = [f"cohort{trial.spec.cohort_seed}"] if trial.spec.cohort_seed else []
     deciding = {k: v for k, v in trial.spec.axes.items() if k.startswith("cohort.")}
-    if deciding:
-        parts.append(digest(deciding)[:6])
-    return "-".join(parts) + ".parquet"
+    more += [digest(deciding)[:6]] if deciding else []
+    parts = (f"h1_{trial.spec.h1_share:03d}", "test")
+    return [f"cohorts/{'-'.join([trial.spec.task, part, *more])}.parquet" for part in parts]
 
 
 def _rows(path: str, frame: pd.DataFrame, contents: dict[str, bytes], sums: dict[int, Rows]) -> Rows:

@@ -12,30 +12,33 @@ import pandas as pd
 from raystudy.study import Study
 
 COLUMNS = ["patient_id", "source", "label"]
+PATTERN = re.compile(r"cohorts/.+-(?P<kind>h1_\d{3}|test)(?P<more>(-.+)?)\.parquet")
 
 
-def cohort_table(study: Study, task: str, sources: Sequence[str], class_names: Sequence[str]) -> dict[str, Any] | None:
-    """Return the page's table of a task: films of each source and class, and patients, for every cohort and test set.
+def cohort_table(
+    study: Study, trial_ids: Sequence[str], sources: Sequence[str], class_names: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the page's table of some trials: films of each source and class, and patients, of their cohorts and tests.
 
     Parameters
     ----------
     class_names : the negative class first.
     """
-    pattern = re.compile(rf"{re.escape(task)}-(?P<rest>.*?)(?P<kind>h1_\d{{3}}|test)(?P<more>.*)\.parquet")
-    matches = [m for name in study.storage.list("cohorts") if (m := pattern.fullmatch(name.rsplit("/", 1)[-1]))]
+    used = study.plan().get("rows", {})
+    matches = [m for name in sorted({n for t in trial_ids for n in used.get(t, ())}) if (m := PATTERN.fullmatch(name))]
     if not matches:
         return None
 
     def read(match: re.Match[str]) -> pd.DataFrame:
         part = "test_set" if match["kind"] == "test" else "role"
-        found = study.storage.read_table(f"cohorts/{match.string}", [*COLUMNS, part]).to_pandas()
+        found = study.storage.read_table(match.string, [*COLUMNS, part]).to_pandas()
         return found.rename(columns={part: "part"})
 
     with ThreadPoolExecutor(8) as pool:
         frames = list(pool.map(read, matches))
     rows: list[list[str]] = []
     for match, frame in zip(matches, frames, strict=True):
-        extra = " ".join(p.strip("-_") for p in (match["rest"], match["more"]) if p)
+        extra = match["more"].strip("-")
         name = "test" if match["kind"] == "test" else mixture(int(match["kind"][3:]))
         for part, group in sorted(frame.groupby("part"), key=lambda item: _order(str(item[0]))):
             counts = group.groupby(["source", "label"]).size()

@@ -26,13 +26,14 @@ from raystudy.study import Study, StudyStatus
 
 @dataclass(frozen=True)
 class FinishedTrial:
-    """One finished trial of the plan."""
+    """One finished trial of the plan; ``explained``: every explanation job that the plan asks for is done, too."""
 
     trial_id: str
     spec: dict[str, Any]
     result: dict[str, Any]
     prototypes: Storage | None
     faithfulness: Storage | None
+    explained: bool
 
     @property
     def keys(self) -> dict[str, object]:
@@ -80,16 +81,18 @@ def read_report_data(study: Study) -> ReportData:
     ------
     StudyError : no trial is finished.
     """
-    files = study.files()
+    files, jobs = study.files(), study.plan().get("explain", {})
     trials: list[FinishedTrial] = []
     diverged: list[str] = []
     for trial_id, spec, result in study.finished():
         if result["status"] != "finished":
             diverged.append(trial_id)
             continue
-        places = [study.explanations(trial_id, job, files) for job in ("prototypes", "faithfulness")]
-        prototypes, faithfulness = (place and sealed(place, DONE) for place in places)
-        trials.append(FinishedTrial(trial_id, spec, result, prototypes, faithfulness))
+        wanted, names = jobs.get(trial_id, {}), files.get(trial_id, set())
+        done = {job: folder for job, folder in wanted.items() if f"explain/{folder}/done.json" in names}
+        places = {job: sealed(study.trial(trial_id).child("explain", folder), DONE) for job, folder in done.items()}
+        prototypes, faithfulness = places.get("prototypes"), places.get("faithfulness")
+        trials.append(FinishedTrial(trial_id, spec, result, prototypes, faithfulness, len(done) == len(wanted)))
     if not trials:
         raise StudyError(
             "no trial of this study is finished, so there is nothing to report",

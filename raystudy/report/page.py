@@ -12,13 +12,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from raystudy.errors import StudyError
-from raystudy.evaluate.intervals import Interval
+from raystudy.evaluate.intervals import Interval, label_of
 from raystudy.evaluate.planted import concentration
 from raystudy.evaluate.reliance import Verdict
-from raystudy.explanation_settings import ExplainSettings
+from raystudy.evaluate.tables import DIFFERENCE
 from raystudy.report import figures, panels
 from raystudy.report.cohort_table import cohort_table
 from raystudy.report.data import FinishedTrial, ReportData, read_report_data
+from raystudy.results import DONE
 from raystudy.study import Study
 
 SUPERPOSED = {
@@ -85,6 +86,8 @@ def write_report(study: Study) -> Written:
     files["index.html"] = _page(data, sections).encode()
     for name, content in files.items():
         study.storage.write_bytes(f"report/{name}", content)
+    for name in set(study.storage.list("report")) - {f"report/{name}" for name in files}:
+        study.storage.delete(name)  # of a task, an axis or a table that the plan no longer has
     page = f"{study.storage.uri.rstrip('/')}/report/index.html"
     return Written(page, tuple(s.sentence for s in sections), tuple(f"report/{name}" for name in files))
 
@@ -104,9 +107,9 @@ def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files:
 
     mixtures, reliance = _rows(data.mixtures, chosen), _rows(data.reliance, chosen)
     curves = figures.accuracy_curves(mixtures, _rows(data.accuracy, chosen), task, sources, f"Accuracy, {task}")
-    label = str(mixtures["interval"].iloc[0])
+    label = label_of(mixtures["seeds"])
     section.basis = _basis(mixtures, reliance)
-    section.cohorts = cohort_table(data.study, task, sources, trials[0].spec["class_names"])
+    section.cohorts = cohort_table(data.study, [t.trial_id for t in trials], sources, trials[0].spec["class_names"])
     _add(
         section,
         files,
@@ -120,8 +123,8 @@ def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files:
     if not faithfulness.empty:
         bars = figures.faithfulness_bars(faithfulness, f"Faithfulness of the maps, {task}")
         n = int(faithfulness["n_images"].max())
-        share = _settings(data, trials, "mask_share")
-        caption = f"Average drop and increase with {100 * float(share):g} % of the film masked, {n} films a trial; the random control ranks pixels by chance. Bars: 95 % intervals, {faithfulness['interval'].iloc[0]}."
+        masked = next(t.faithfulness.read_json(DONE)["settings"]["mask_share"] for t in trials if t.faithfulness)
+        caption = f"Average drop and increase with {100 * float(masked):g} % of the film masked, {n} films a trial; the random control ranks pixels by chance. Bars: 95 % intervals, {label_of(faithfulness['seeds'])}."
         _add(section, files, f"faithfulness_{slug}", bars, caption)
     _add_panels(section, files, data, trials, slug)
     section.tables.append(_mixture_rows(mixtures, reliance))
@@ -136,18 +139,17 @@ def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files:
     return section
 
 
-def _settings(data: ReportData, trials: list[FinishedTrial], name: str) -> Any:
-    """Return an explanation setting of an arm: the study's, unless it is an axis."""
-    told = data.experiment["explain"].get(name, getattr(ExplainSettings(), name))  # an older study lacks newer keys
-    return trials[0].spec["axes"].get(f"explain.{name}", told)
-
-
 def _basis(mixtures: pd.DataFrame, reliance: pd.DataFrame) -> str:
     """Say what the answer rests on: n of films, mixtures and seeds."""
     sizes = [f"{name}: n = {int(n)}" for name, n in mixtures.groupby("test_set")["n"].max().items()]
-    n_mixtures, seeds = reliance["h1_share"].nunique(), int(reliance["seeds"].min()) if len(reliance) else 0
-    words = f"{n_mixtures} mixture{'s' * (n_mixtures != 1)}, {seeds} training run{'s' * (seeds != 1)} each"
-    return f"{words}; films {', '.join(sizes)}."
+    n_mixtures = reliance["h1_share"].nunique()
+    return f"{n_mixtures} mixture{'s' * (n_mixtures != 1)}, {_runs(reliance['seeds'])} each; films {', '.join(sizes)}."
+
+
+def _runs(seeds: pd.Series) -> str:
+    """Say how many training runs the mixtures have."""
+    least, most = (int(seeds.min()), int(seeds.max())) if len(seeds) else (0, 0)
+    return f"{least}{f' to {most}' if most > least else ''} training run{'s' * (most != 1)}"
 
 
 def _tiles(data: ReportData, chosen: dict[str, object], verdict: Verdict) -> list[dict[str, str]]:
@@ -187,17 +189,16 @@ def _add(section: _Section, files: dict[str, bytes], name: str, figure: Figure, 
 def _add_panels(
     section: _Section, files: dict[str, bytes], data: ReportData, trials: list[FinishedTrial], slug: str
 ) -> None:
-    """Add the panels like Fig. 5, 4 and 6 of the first seed's trials that are explained."""
-    if not trials:
+    """Add the panels like Fig. 5, 4 and 6 of the first seed that has explained trials."""
+    shown = [t for t in trials if t.prototypes is not None]
+    if not shown:
         return
-    first = min(int(t.spec["seed"]) for t in trials)
-    ordered = sorted((t for t in trials if t.spec["seed"] == first), key=lambda t: int(t.spec["h1_share"]))
+    first = min(int(t.spec["seed"]) for t in shown)
+    ordered = sorted((t for t in shown if t.spec["seed"] == first), key=lambda t: int(t.spec["h1_share"]))
     explained = [e for t in ordered if (e := panels.read_explained(t)) is not None]
-    if not explained:
-        return
     names = list(explained[0].trial.spec["class_names"])
     grid = panels.class_map_grid(explained, names, "Global class maps")
-    caption = f"Class maps: each unique prototype's PRP map on its own source film, {SUPERPOSED[_settings(data, trials, 'superposition')]} over the class; seed {first}."
+    caption = f"Class maps: each unique prototype's PRP map on its own source film, {SUPERPOSED[explained[0].superposition]} over the class; seed {first}."
     _add(section, files, f"{FIGURES_OF_FILMS}_class_maps_{slug}", grid, caption)
     spread = [explained[i] for i in sorted({0, len(explained) // 2, len(explained) - 1})]
     strong = min(explained, key=lambda e: abs(int(e.trial.spec["h1_share"]) - 90))
@@ -245,18 +246,18 @@ def _faithfulness_rows(table: pd.DataFrame) -> dict[str, Any]:
     rows = []
     for (share, test_set), group in table.groupby(["h1_share", "test_set"]):
         start = [panels.mixture_name(int(str(share))), str(test_set)]
-        for method, (word, _) in figures.METHODS.items():
+        words = {method: (word, ".1f") for method, (word, _) in figures.METHODS.items()}
+        for method, (word, form) in (words | {DIFFERENCE: ("PRP − ProtoPNet", "+.1f")}).items():
             for _, row in group[group["method"] == method].iterrows():
-                cells = [_with_range(row, name, ".1f") for name in ("average_drop", "average_increase")]
+                cells = [_with_range(row, name, form) for name in ("average_drop", "average_increase")]
                 rows.append([*start, word, *cells, f"{row['n_images']} / {row['n_pairs']}"])
                 start = ["", ""]
-    seeds = int(table["seeds"].max())
-    runs = f"Means over {seeds} training runs" if seeds > 1 else "One training run a mixture"
+    runs = f"Means over {_runs(table['seeds'])} a mixture"
     return {
         "title": "Average drop (AD) and increase (AI), %",
         "columns": ["mixture", "test set", "map", "AD", "AI", "films / pairs"],
         "rows": rows,
-        "note": f"{runs}; in brackets 95 % intervals, {table['interval'].iloc[0]}. Lower drop and higher increase are better. Every trial: tables/faithfulness.csv.",
+        "note": f"{runs}; in brackets 95 % intervals, {label_of(table['seeds'])}. Lower drop and higher increase are better. The difference is in points, paired by film and training run. Every trial: tables/faithfulness.csv.",
     }
 
 
@@ -307,7 +308,7 @@ def planted_truth(table: pd.DataFrame) -> dict[str, Any]:
         "title": "Planted truth: where the prototypes' relevance lies",
         "columns": [*columns, "without relevance"],
         "rows": rows,
-        "note": "Share of positive PRP relevance inside the planted masks, over the different prototypes whose film carries one. A ratio of 1 is what relevance without any aim would reach; in brackets its 95 % interval over films, conditional on these training runs, where there are two films or more. Prototypes without relevance have a cell where the layers above the backbone are silent: nothing comes down to the film, and their maps are zero.",
+        "note": "Share of positive PRP relevance inside the planted masks, over the different prototypes whose film carries one. A ratio of 1 is what relevance without any aim would reach; in brackets its 95 % interval over films (approximate, conditional on these training runs) where there are enough films. Prototypes without relevance have a cell where the layers above the backbone are silent: nothing comes down to the film, and their maps are zero.",
     }
 
 
@@ -336,9 +337,15 @@ def _page(data: ReportData, sections: list[_Section]) -> str:
         notes.append(
             "In the last-layer stage batch norm is frozen, so that every prototype stays a patch of a training film; the published code lets it drift."
         )
-    if len(data.experiment["seeds"]) == 1:
+    single = data.mixtures["seeds"] == 1
+    if single.any():
+        which = "Each mixture has" if single.all() else "Some mixtures have"
+        notes.append(f"{which} one training run: their intervals are conditional on it; add seeds to cover training.")
+    lacking = [t.trial_id for t in data.trials if not t.explained]
+    if lacking:
+        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
         notes.append(
-            "One training run a mixture: intervals are conditional on these runs; add seeds to cover training."
+            f"{len(lacking)} of {len(data.trials)} finished trials are not explained as the experiment asks, and stand in no map and no average drop: {shown}. `raystudy run EXPERIMENT` goes on with them."
         )
     notes.append("The best state is chosen on a validation set that is mixed like the training set, as in the paper.")
     states = ", ".join(f"{n} {state}" for state, n in counts.items() if n and state != "finished")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from raystudy.images.array import ImageArray
 from raystudy.relevance import overlay_activation, overlay_relevance, upsample_activation
 from raystudy.report.data import FinishedTrial
+from raystudy.results import DONE
 
 Array = NDArray[Any]
 
@@ -35,6 +36,7 @@ class Explained:
     activation: Array  # U, h, w
     top_maps: Array  # U, k, S, S
     class_maps: dict[int, Array]
+    superposition: str  # how its maps became class maps
 
     @property
     def image_ids(self) -> list[str]:
@@ -57,6 +59,7 @@ def read_explained(trial: FinishedTrial) -> Explained | None:
         maps["activation"],
         safetensors.numpy.load(place.read_bytes("top_k_maps.safetensors"))["prp"],
         {int(name.rsplit("_", 1)[1]): values for name, values in classes.items()},
+        str(place.read_json(DONE)["superposition"]),
     )
 
 

@@ -46,11 +46,15 @@ def explain_images(
     spec = read_spec(directory)
     model = load_model(directory)
     sources = sealed(directory).read_table(PROTOTYPES).to_pandas()
+    written: set[str] = set()
     for name in images:
         film = _film(study, name, spec.image_size, image_settings)
         figure = _panel(model, film, spec.class_names, sources["image_id"].astype(str).tolist(), settings, name)
         safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
         path = f"explain/images/{safe}.png"
+        if path in written:  # a/b.png and a_b.png
+            path = f"explain/images/{safe}-{len(written)}.png"
+        written.add(path)
         directory.write_bytes(path, png(figure))
         yield directory.address(path)
 

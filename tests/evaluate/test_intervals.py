@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm, t
 
+from raystudy.evaluate.accuracy import auroc
+from raystudy.evaluate.arm import _resampled_auroc
 from raystudy.evaluate.intervals import (
     CONDITIONAL,
     Interval,
@@ -194,3 +196,46 @@ def test_interval_excludes_values_outside_only() -> None:
     assert interval.excludes(0.0)
     assert interval.excludes(0.6)
     assert not interval.excludes(0.1)
+
+
+def concordant(d: float, n: int, rng: np.random.Generator) -> Share:
+    """AUROC of n positives and n negatives whose scores are normal and ``d`` apart, as `arm` resamples it."""
+    label = np.repeat([1, 0], n)
+    margin = rng.normal(d * label, 1)
+    weights = rng.standard_exponential((400, 2 * n))
+    return Share((0,), np.array([auroc(margin, label)]), _resampled_auroc(margin, label, weights)[:, None], n)
+
+
+@pytest.mark.parametrize(("d", "n"), [(3.5, 40), (3.0, 100), (2.5, 40), (0.8, 40)])
+def test_the_interval_of_an_auroc_holds_the_truth_also_near_one(d: float, n: int) -> None:
+    rng, truth = np.random.default_rng(int(100 * d) + n), norm.cdf(d / np.sqrt(2))
+    found = [share_interval(concordant(d, n, rng)) for _ in range(300)]
+    assert np.mean([i.low <= truth <= i.high for i in found]) >= 0.93  # standard error 1.3 %
+    assert np.mean([i.high < truth for i in found]) <= 0.05  # it does not stop short of 1
+    assert np.median([i.high - i.low for i in found]) < 0.25
+
+
+@pytest.mark.parametrize(("mean", "n"), [(0.05, 16), (0.05, 100), (0.95, 16), (0.5, 16)])
+def test_the_interval_of_a_mean_over_prototypes_holds_the_truth_also_near_the_bounds(mean: float, n: int) -> None:
+    """AI: a film's share of 10 prototypes whose score rose, films of different inclination."""
+    rng, hits = np.random.default_rng(int(100 * mean) + n), []
+    for _ in range(400):
+        inclination = rng.beta(6 * mean, 6 * (1 - mean), n)
+        values = (rng.binomial(10, inclination) / 10)[:, None]
+        weights = rng.standard_exponential((400, n))
+        weights *= n / weights.sum(axis=1, keepdims=True)
+        interval = share_interval(Share((0,), values.mean(axis=0), weights @ values / n, n))
+        hits.append(interval.low <= mean <= interval.high)
+    assert np.mean(hits) >= 0.93
+
+
+@pytest.mark.parametrize("n", [8, 16, 60])
+def test_the_interval_of_a_mean_drop_holds_the_truth_where_many_drops_are_zero(n: int) -> None:
+    rng, hits = np.random.default_rng(n), []
+    for _ in range(400):
+        values = (rng.beta(1, 3, n) * (rng.random(n) < 0.5))[:, None]
+        weights = rng.standard_exponential((400, n))
+        weights *= n / weights.sum(axis=1, keepdims=True)
+        interval = share_interval(Share((0,), values.mean(axis=0), weights @ values / n, n, outcomes=False))
+        hits.append(interval.low <= 0.125 <= interval.high)
+    assert np.mean(hits) >= 0.925

@@ -88,7 +88,7 @@ def test_the_sentence_tells_both_ends_the_reach_and_the_balanced_mixture_with_in
     number = r"[+−]\d\.\d\d \([+−]\d\.\d\d to [+−]\d\.\d\d\)"
     assert re.fullmatch(
         "The pneumonia classifier follows the hospital: from 0H1-100H2 to 100H1-0H2 its source reliance goes from "
-        f"{number} to {number}, beyond doubt up to 40H1-60H2 and from 60H1-40H2 on; "
+        f"{number} to {number}, shown up to 40H1-60H2 and from 60H1-40H2 on; "
         rf"at 50H1-50H2 (it sees the disease|no skill is shown) \(skill {number}\); 95 % intervals\.",
         found.sentence,
     )
@@ -107,6 +107,43 @@ def test_the_sentence_claims_the_disease_only_where_skill_is_beyond_doubt() -> N
     follow = {0: -0.9, 50: 0.0, 100: 0.9}
     assert "at 50H1-50H2 it sees the disease (skill +1.00" in verdict(arm_of(follow, skill=1.0), "x").sentence
     assert "at 50H1-50H2 no skill is shown (skill" in verdict(arm_of(follow, skill=0.0), "x").sentence
+
+
+def test_a_mixture_where_reliance_has_the_other_sign_is_no_part_of_what_is_shown() -> None:
+    """The offset between the hospitals is not the mixture's doing."""
+    values = reliance(arm_of({0: -0.9, 50: -0.6, 90: -0.4, 100: -0.4}, skill=0.0))
+    assert values[-1].source_reliance.high < 0
+    below, above = threshold(values)
+    assert (below and below.h1_share, above) == (0, None)
+    assert threshold(values, inverse=True) == (None, values[2])
+    found = verdict(arm_of({0: -0.9, 50: -0.6, 90: -0.4, 100: -0.4}, skill=0.0), "x")
+    assert found.follows == "hospital"
+    assert ", shown up to 0H1-100H2;" in found.sentence
+    positive_below = verdict(arm_of({0: 0.0, 10: 0.5, 90: 0.95, 100: 0.95}, skill=0.0), "x")
+    assert positive_below.follows == "hospital"
+    assert ", shown from 90H1-10H2 on" in positive_below.sentence
+
+
+@pytest.mark.parametrize(
+    "follow",
+    [{0: 0.7, 50: 0.7, 100: 0.7}, {0: 0.65, 50: -0.65, 100: 0.65}],
+    ids=["the same at every mixture", "large at both ends"],
+)
+def test_hospitals_that_fare_differently_without_a_trend_are_no_reassurance(follow: dict[int, float]) -> None:
+    found = verdict(arm_of(follow), "x")
+    assert found.follows == "uneven"
+    assert found.sentence.startswith("The x classifier fares differently on the two hospitals")
+    assert "its interval excludes 0 at 0H1-100H2, 50H1-50H2, 100H1-0H2" in found.sentence
+
+
+def test_mixtures_of_one_and_of_several_seeds_are_told_apart() -> None:
+    trials = [TrialPredictions(x, s, predictions(f, s)) for x, f in ((0, -0.9), (100, 0.9)) for s in (0, 1)]
+    assert "conditional" not in verdict(build_arm(trials, 0, resamples=100), "x").sentence
+    one_missing = verdict(build_arm(trials[:3], 0, resamples=100), "x").sentence
+    assert "where a mixture has one training run, conditional on it" in one_missing
+    assert verdict(build_arm(trials[::2], 0, resamples=100), "x").sentence.endswith(
+        "95 % intervals, conditional on this training run."
+    )
 
 
 def test_one_seed_is_called_conditional_on_this_training_run() -> None:

@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: bars that move, one line a running trial, any text as it is."""
+"""What a person sees: bars and a line a running trial on a terminal, plain lines in a log, text as it is."""
 
 import os
 import pty
@@ -47,3 +47,14 @@ def test_bars_show_text_as_it_is_and_only_trials_that_run() -> None:
     ):
         assert words in shown
     assert "two" not in shown.rsplit("images [raw]", 1)[1]
+
+
+def test_a_log_gets_plain_lines_the_first_and_the_last_of_a_count_at_once() -> None:
+    counting = CODE + "\n    for done in (3, 4, 5, 8):\n        shown.count('images [raw]', done, 8)\n"
+    told = subprocess.run([sys.executable, "-c", counting], capture_output=True, text=True, check=True, timeout=60)
+    assert told.stdout.splitlines() == [
+        "a line [/x] that stays",
+        "images [raw]: 3/8  1.5 [/x] images/s",
+        "images [raw]: 8/8",
+    ]
+    assert told.stderr == ""

@@ -19,6 +19,7 @@ from PIL import Image
 from raystudy.errors import StudyError
 from raystudy.report.cohort_table import cohort_table
 from raystudy.report.page import Written, planted_truth, write_report
+from raystudy.results import write_sealed
 from raystudy.study import Study
 from tests.tiny_study import TinyStudy
 
@@ -85,16 +86,95 @@ def test_tables_have_the_columns_that_others_rely_on(reported: Reported):
     assert {"study", "task", "h1_share", "cohort_seed"} <= set(table(study, "reliance").columns)
 
 
-def test_captions_follow_the_settings_of_the_explanations(study: Study) -> None:
-    write_report(study)
-    assert "with 50 % of the film masked" in page(study)
-    assert "scaled to its maximum, averaged over the class" in page(study)
+def test_captions_tell_the_settings_that_the_explanations_were_made_with(study: Study) -> None:
     experiment = yaml.safe_load(study.storage.read_bytes("experiment.yaml"))
     experiment["explain"] |= {"mask_share": 0.25, "superposition": "unit_sum"}
     study.storage.write_bytes("experiment.yaml", yaml.safe_dump(experiment).encode())
     write_report(study)
-    assert "with 25 % of the film masked" in page(study)
-    assert "source film, summed over the class" in page(study)
+    assert "with 50 % of the film masked" in page(study)
+    assert "scaled to its maximum, averaged over the class" in page(study)
+
+
+def replan(study: Study, **changes: object) -> None:
+    """Change the plan of a study as a later run of another experiment would."""
+    plan = {k: v for k, v in study.plan().items() if k not in ("sha256", "checksum")}
+    write_sealed(study.storage, "plan.json", plan | changes, ())
+
+
+def with_a_second_seed(study: Study) -> dict[str, str]:
+    """Copy every trial as one of seed 1; return new id by old one."""
+    plan, others = study.plan(), {t: t.replace("seed0", "seed1") for t in study.trial_ids()}
+    for old, new in others.items():
+        source, target = study.trial(old), study.trial(new)
+        for name in source.list():
+            target.write_bytes(name, source.read_bytes(name))
+        target.write_json("spec.json", source.read_json("spec.json") | {"seed": 1, "trial_id": new})
+        result = source.read_json("result.json")
+        files = list(result.pop("sha256"))
+        del result["checksum"]
+        write_sealed(target, "result.json", result | {k: v for k, v in (("seed", 1),) if k in result}, files)
+    more = {key: plan[key] | {new: plan[key][old] for old, new in others.items()} for key in ("explain", "rows")}
+    replan(study, trials=[*others, *others.values()], **more)
+    return others
+
+
+def test_every_interval_says_how_many_training_runs_it_covers(study: Study) -> None:
+    others = with_a_second_seed(study)
+    write_report(study)
+    text = " ".join(Tags(page(study)).text.split())
+    assert "3 mixtures, 2 training runs each" in text
+    assert "conditional on this training run." not in text.partition("How to read this page")[0]
+    assert "training run: their intervals" not in text
+    assert "Means over 2 training runs a mixture" in text
+    lost = next(new for new in others.values() if "h1_100" in new)
+    study.trial(lost).delete("result.json")
+    write_report(study)
+    text = " ".join(Tags(page(study)).text.split())
+    assert "3 mixtures, 1 to 2 training runs each" in text
+    mixed = "over training runs and patients; where a mixture has one training run, conditional on it"
+    assert text.count(mixed) >= 4  # accuracy, reliance, AD/AI, and its table
+    assert "Some mixtures have one training run: their intervals are conditional on it" in text
+    assert "Means over 1 to 2 training runs a mixture" in text
+
+
+def test_explanations_with_other_settings_are_no_part_of_the_page(study: Study) -> None:
+    """Some trials have been explained anew, some not yet: what the plan does not ask for is left out and told."""
+    others = with_a_second_seed(study)
+    plan = study.plan()
+    explain = {t: dict(jobs) for t, jobs in plan["explain"].items()}
+    waits = [*others.values(), next(t for t in others if "h1_050" in t)]
+    for trial_id in waits:
+        explain[trial_id]["faithfulness"] = "faithfulness-00000000"
+    replan(study, explain=explain)
+    write_report(study)
+    rows = table(study, "faithfulness_by_mixture")
+    assert set(rows["h1_share"]) == {0, 100}
+    assert set(rows["seeds"]) == {1}
+    text = " ".join(Tags(page(study)).text.split())
+    assert "4 of 6 finished trials are not explained as the experiment asks" in text
+    assert waits[0] in text
+
+
+def test_what_the_plan_no_longer_has_leaves_the_report(study: Study) -> None:
+    ids = study.trial_ids()
+    study.storage.write_bytes("report/figures/accuracy_another_task.png", b"old")
+    study.storage.write_bytes("report/tables/planted_truth.csv", b"old")
+    replan(study, trials=ids[:2])
+    written = write_report(study)
+    assert set(study.storage.list("report")) == set(written.files)
+    found = cohort_table(study, study.trial_ids(), ["H1", "H2"], ["no pneumonia", "pneumonia"])
+    assert found is not None
+    assert {row[0] for row in found["rows"]} == {"0H1-100H2", "50H1-50H2", "test"}
+
+
+def test_both_methods_are_compared_film_by_film(reported: Reported) -> None:
+    study, _ = reported
+    rows = table(study, "faithfulness_by_mixture").set_index(["h1_share", "method"])
+    for share in (0, 50, 100):
+        prp, other, difference = (rows.loc[(share, m)] for m in ("prp", "protopnet", "prp-protopnet"))
+        assert difference["average_drop"] == pytest.approx(prp["average_drop"] - other["average_drop"])
+        assert difference["average_drop_low"] <= difference["average_drop"] <= difference["average_drop_high"]
+    assert "PRP − ProtoPNet" in Tags(page(study)).text
 
 
 def test_accuracy_is_what_the_predictions_say_and_lies_in_its_interval(reported: Reported):
@@ -143,7 +223,7 @@ def test_the_page_opens_with_the_answer_its_numbers_and_interval(reported: Repor
 
 def test_the_page_counts_who_was_trained_and_tested_on(reported: Reported):
     study, _ = reported
-    found = cohort_table(study, "pneumonia", ["H1", "H2"], ["no pneumonia", "pneumonia"])
+    found = cohort_table(study, study.trial_ids(), ["H1", "H2"], ["no pneumonia", "pneumonia"])
     assert found is not None
     assert found["columns"][2:6] == ["pneumonia, H1", "pneumonia, H2", "no pneumonia, H1", "no pneumonia, H2"]
     rows = {tuple(row[:2]): [int(cell) for cell in row[2:]] for row in found["rows"]}
@@ -253,7 +333,7 @@ def test_relevance_that_does_not_reach_the_film_is_told_and_counted() -> None:
     rows += [("t", 100, 0, "a", 1, "sign", float("nan"), 0.1), ("t", 100, 0, "a", 1, "tag", 0.0, 0.0)]
     table = planted_truth(pd.DataFrame(rows, columns=columns))
     assert table["rows"] == [
-        ["90H1-10H2", "30.0 %", "10.0 %", "3.0 × (3.0 to 3.0)", "2 / 2", "10.0 %", "20.0 %", "0.5 ×", "1 / 1", "1"],
+        ["90H1-10H2", "30.0 %", "10.0 %", "3.0 ×", "2 / 2", "10.0 %", "20.0 %", "0.5 ×", "1 / 1", "1"],
         ["100H1-0H2", "–", "–", "–", "1 / 1", "–", "–", "–", "0 / 0", "1"],
     ]
 
@@ -305,10 +385,12 @@ def test_every_number_of_the_page_has_its_n(reported: Reported):
     assert (by_mixture["interval"] == "conditional on this training run").all()
     text = " ".join(Tags(page(study)).text.split())
     faithfulness = table(study, "faithfulness_by_mixture")
-    assert len(faithfulness) == 9  # three mixtures, three methods
+    assert len(faithfulness) == 12  # three mixtures, three methods and their difference
     for _, row in faithfulness.iterrows():
+        form = "+.1f" if row["method"] == "prp-protopnet" else ".1f"
         for name in ("average_drop", "average_increase"):
-            assert f"{row[name]:.1f} ({row[f'{name}_low']:.1f} to {row[f'{name}_high']:.1f})" in text
+            number, low, high = (f"{row[f'{name}{end}']:{form}}".replace("-", "−") for end in ("", "_low", "_high"))
+            assert f"{number} ({low} to {high})" in text
         assert f"{row['n_images']} / {row['n_pairs']}" in text
     assert (faithfulness["interval"] == "conditional on this training run").all()
     assert text.count("conditional on this training run") >= 4  # accuracy, reliance, faithfulness: figure and table

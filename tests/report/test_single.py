@@ -40,6 +40,19 @@ def test_a_film_of_the_study_and_a_file_each_get_a_picture(tiny_study: TinyStudy
     assert len(set(output.splitlines())) == 2
 
 
+def test_films_whose_names_are_alike_get_a_picture_each(
+    tiny_study: TinyStudy, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for value, name in ((40, "a/b.png"), (200, "a_b.png")):
+        Image.fromarray(np.full((50, 40), value, np.uint8)).save(name)
+    code, output = explain(tiny_study, study, "pneumonia-h1_050", "a/b.png", "a_b.png")
+    assert code == 0, output
+    first, second = (Path(line).read_bytes() for line in output.splitlines())
+    assert first != second
+
+
 def test_what_cannot_be_explained_is_refused_by_name(tiny_study: TinyStudy, study: Study, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no film at all")
