@@ -266,21 +266,24 @@ def _add_specificity(section: _Section, table: pd.DataFrame) -> None:
         return
     numbers = [c for c in table.columns if table[c].dtype.kind == "f"]
     rows = [
-        [rule, *(_with_extremes(group[c]) for c in numbers), str(len(group))] for rule, group in table.groupby("rule")
+        [rule, *(_with_extremes(group, c) for c in numbers), str(len(group))] for rule, group in table.groupby("rule")
     ]
     section.tables.append(
         {
             "title": "Do the maps depend on which prototype they explain?",
             "columns": ["rule", *(c.replace("_", " ") for c in numbers), "trials"],
             "rows": rows,
-            "note": "Means over trials; in brackets the lowest and the highest trial. Conservation: the share of a prototype's relevance that arrives at the film. Correlations (of maps that share a cell, and with shuffled channel weights) near 1 say that a map shows where a prototype fires, hardly which prototype it is.",
+            "note": "Means over trials; in brackets the lowest and the highest trial; n: pairs of maps in all trials. Conservation: the share of a prototype's relevance that arrives at the film. Correlations (of maps that share a cell, and with shuffled channel weights) near 1 say that a map shows where a prototype fires, hardly which prototype it is.",
         }
     )
 
 
-def _with_extremes(values: pd.Series) -> str:
-    text = f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})" if values.notna().any() else "–"
-    return text.replace("-", "−")
+def _with_extremes(table: pd.DataFrame, name: str) -> str:
+    values = table[name]
+    if not values.notna().any():
+        return "–"
+    n = f", n = {int(table[f'n_{name}'].sum())}" if f"n_{name}" in table.columns else ""
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f}){n}".replace("-", "−")
 
 
 def planted_truth(table: pd.DataFrame) -> dict[str, Any]:

@@ -392,6 +392,9 @@ def test_every_number_of_the_page_has_its_n(reported: Reported):
             number, low, high = (f"{row[f'{name}{end}']:{form}}".replace("-", "−") for end in ("", "_low", "_high"))
             assert f"{number} ({low} to {high})" in text
         assert f"{row['n_images']} / {row['n_pairs']}" in text
+    specificity = table(study, "specificity").groupby("rule")[["n_same_cell", "n_shuffled"]].sum()
+    for n in specificity["n_shuffled"]:
+        assert f"n = {n}" in text
     assert (faithfulness["interval"] == "conditional on this training run").all()
     assert text.count("conditional on this training run") >= 4  # accuracy, reliance, faithfulness: figure and table
     assert "nan" not in text
