@@ -149,6 +149,39 @@ def test_a_driver_that_is_terminated_in_training_leaves_a_checkpoint_within_its_
     assert "resumed" in [e["event"] for e in study.trial(trial_id).read_events("events")]
 
 
+def test_a_search_whose_driver_dies_keeps_what_it_decided(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Suggestions and stops that were written down before the death are what the next driver goes on with."""
+    storage = undisturbed.place(tmp_path / "studies")
+    study = Study(open_storage(storage / "tiny"))
+    space = '{"training.lr_backbone": {"loguniform": [1e-5, 1e-1]}}'
+    options = ("--set", f"search={{space: {space}, trials: 6, algorithm: random, scheduler: asha, mixtures: [50]}}")
+    options += ("--set", "training.epochs=9", "--set", "explain.enabled=false")
+
+    def told() -> dict[str, bytes]:
+        names = [n for n in study.storage.list("search") if n.endswith(".json")]
+        return {n: study.storage.read_bytes(n) for n in names}
+
+    def decided() -> list[tuple[str, str, bool]]:
+        return [(e["rung"], e["trial"], e["goes_on"]) for e in study.storage.read_events("search/rungs")]
+
+    with driver(undisturbed.file, storage, *options) as started:
+        wait_until(lambda: any(not goes_on for *_, goes_on in decided()), started)
+        started.kill()
+        started.wait_until_gone()
+    before, first = told(), decided()
+    with driver(undisturbed.file, storage, *options) as last:
+        code, out = last.end()
+        assert code == 0, out
+    after = told()
+    assert {n: after[n] for n in before} == before
+    assert decided()[: len(first)] == first
+    assert len({(rung, trial) for rung, trial, _ in decided()}) == len(decided())  # asked once a rung
+    states = {t.trial_id: t.state for t in study.status().trials}
+    assert set(states.values()) == {"finished", "stopped"}
+    assert len(states) == 6
+    assert {t for _, t, goes_on in decided() if not goes_on} == {t for t, s in states.items() if s == "stopped"}
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", range(2))
