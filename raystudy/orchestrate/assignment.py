@@ -1,7 +1,8 @@
 """What a worker is told, and the small files by which driver and workers talk: light, without torch.
 
 ``stop.json`` of a study is the wish that it ends with checkpoints; ``failed.json`` of a trial or explanation job says
-that it failed for good, ``stopped.json`` of a trial that a search ended it early.
+that it failed for good, ``retried.json`` of a trial that it had failed and has begun again, ``stopped.json`` of a trial
+that a search ended it early.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from raystudy.study import Study
 
 STOP = "stop.json"
 FAILED = "failed.json"
+RETRIED = "retried.json"
 STOPPED = "stopped.json"  # of a trial: a search ended it early; it is not missing
 Status = Literal["finished", "diverged", "interrupted"]
 LOCAL_POLL, REMOTE_POLL = 0.25, 2.0  # seconds between two looks for the wish to stop
@@ -68,6 +70,18 @@ class Assignment:
 
 
 Work = Callable[[Assignment, ImageArray, Callable[[], bool]], Status]
+
+
+def perform(work: Work, assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
+    """Run one trial; one that had failed is so no longer, but ``--only failed`` means it until it ends."""
+    directory = assignment.directory
+    if directory.exists(FAILED):
+        directory.write_json(RETRIED, {"time": time.time()})
+        directory.delete(FAILED)
+    status = work(assignment, images, should_stop)
+    if status != "interrupted":
+        directory.delete(RETRIED)
+    return status
 
 
 def write_stop(study: Study, by: str) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from raystudy.errors import DamagedFileError
 from raystudy.explanation import JOBS, Job, explained, job_directory
-from raystudy.orchestrate.assignment import FAILED, STOPPED, Rows, TrialRows
+from raystudy.orchestrate.assignment import FAILED, RETRIED, STOPPED, Rows, TrialRows
 from raystudy.orchestrate.identity import digest
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
 from raystudy.results import DONE, MODEL, REMEDIES, RESULT, damaged_files, read_result, write_sealed
@@ -67,7 +67,7 @@ class Ledger:
         return [
             t
             for t in self.plan.trials
-            if not {"result.json", STOPPED} & self.files(t) and (not only_failed or FAILED in self.files(t))
+            if not {"result.json", STOPPED} & self.files(t) and (not only_failed or {FAILED, RETRIED} & self.files(t))
         ]
 
     def missing_explanations(self, only_failed: bool = False) -> list[tuple[PlannedTrial, Job]]:
@@ -101,8 +101,8 @@ class Ledger:
         """Return the names in a trial's directory as of ``open``."""
         return self._files.get(trial.trial_id, set())
 
-    def prepare_trials(self, trials: Iterable[PlannedTrial], forgive: bool = True) -> None:
-        """Write rows and specs of trials that are about to run (or be explained), and clear their failed marks.
+    def prepare_trials(self, trials: Iterable[PlannedTrial]) -> None:
+        """Write rows and specs of trials that are about to run (or be explained).
 
         The rows of the plan's other trials are looked after, too: what is missing or damaged is written anew.
         """
@@ -117,7 +117,7 @@ class Ledger:
         with ThreadPoolExecutor(WRITERS) as pool:
             for _ in pool.map(lambda item: self._write_rows(*item), contents.items()):
                 pass
-            for _ in pool.map(lambda t: self._prepare_trial(t, forgive), trials):
+            for _ in pool.map(lambda t: keep_spec(self.study.trial(t.trial_id), t.spec), trials):
                 pass
 
     def mark_failed(self, trial_id: str, error: str, attempts: int) -> None:
@@ -155,13 +155,6 @@ class Ledger:
         except FileNotFoundError:
             pass
         storage.write_bytes(path, content)
-
-    def _prepare_trial(self, trial: PlannedTrial, forgive: bool) -> None:
-        directory, names = self.study.trial(trial.trial_id), self.files(trial)
-        keep_spec(directory, trial.spec)
-        if forgive:
-            for name in [n for n in names if n == FAILED or n.endswith(f"/{FAILED}")]:
-                directory.delete(name)
 
 
 def _is_stand_in(directory: Storage) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from raystudy.explanation import JOBS, Job
-from raystudy.orchestrate.assignment import Assignment, Device
+from raystudy.orchestrate.assignment import Assignment, Device, perform
 from raystudy.orchestrate.plan import PlannedTrial
 from raystudy.orchestrate.search import value_of
 from raystudy.orchestrate.state import Run
@@ -19,7 +19,7 @@ def run_plain(run: Run) -> None:
     waiting = deque(run.todo.trials)
     while not run.stop() and (waiting or _suggested(run, waiting)):
         trial = waiting.popleft()
-        state = (run.work or train)(_assignment(run, trial), run.films.array(trial), run.stop)
+        state = perform(run.work or train, _assignment(run, trial), run.films.array(trial), run.stop)
         run.outcome.states[trial.trial_id] = state
         run.shown.say(f"{state} {trial.trial_id}")
         if state == "interrupted":

@@ -29,6 +29,7 @@ from raystudy.orchestrate.assignment import (
     Device,
     Status,
     Work,
+    perform,
     rows_of,
     stop_watch,
     words,
@@ -93,7 +94,7 @@ def trial_task(work: Work | None, assignment: Assignment, images: ImageArray) ->
     directory = assignment.directory
     titled = TitledDirectory(directory.uri, directory.retry_seconds, assignment.trial_id)
     should_stop = stop_watch(assignment.study, mark=(directory, STOPPED) if assignment.watched else None)
-    return work(replace(assignment, place=titled), images, should_stop)
+    return perform(work, replace(assignment, place=titled), images, should_stop)
 
 
 class TrialSlot(tune.Trainable):

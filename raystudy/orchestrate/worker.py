@@ -11,10 +11,10 @@ from collections.abc import Callable
 import pandas as pd
 
 from raystudy.errors import StudyError
-from raystudy.explanation import Job, explain_trial
+from raystudy.explanation import Job, explain_trial, job_directory
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
-from raystudy.orchestrate.assignment import Assignment, Device, Status, read_rows
+from raystudy.orchestrate.assignment import FAILED, Assignment, Device, Status, read_rows
 from raystudy.orchestrate.truth import planted_truth
 from raystudy.trial import TrialInterrupted, run_trial
 from raystudy.trial_files import read_spec
@@ -47,7 +47,7 @@ def explain(
     settings: ExplainSettings,
     should_stop: Callable[[], bool],
 ) -> Status:
-    """Do one explanation job of a finished trial, or the rest of it."""
+    """Do one explanation job of a finished trial, or the rest of it; it counts as failed until it is done."""
     spec, cohort, tests = read_inputs(assignment)
     device = claim_device(assignment.device)
     truth = planted_truth(assignment.study, spec.image_size)
@@ -60,6 +60,7 @@ def explain(
         return "interrupted"
     finally:
         release_device(device)
+    directory.delete(f"{job_directory(job, settings)}/{FAILED}")
     return "finished"
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import Work, write_stop
-from raystudy.orchestrate.driver import Outcome, run_study
+from raystudy.orchestrate.driver import Executor, Outcome, run_study
 from raystudy.orchestrate.films import plan_readable
 from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.plan import StudyPlan, plan_study
@@ -152,6 +152,45 @@ def test_the_wish_to_stop_ends_the_study_and_the_next_run_goes_on(films: Path, p
     assert set(outcome.states.values()) <= {"interrupted", "waiting"}
     assert "interrupted" in outcome.states.values()
     assert run_study(plan, root, work=works.null, executor="plain").trained == 3
+
+
+@pytest.mark.parametrize("executor", ["plain", "ray"])
+def test_only_failed_goes_on_with_the_failed_trials_after_an_interruption(
+    executor: Executor, films: Path, place: Path
+) -> None:
+    plan, root = planned(films, place, ["resources.max_concurrent=1"])
+    study, ids = Study(root.child("tiny")), [t.trial_id for t in plan.trials]
+    run_study(plan, root, work=works.null, executor="plain")
+    for trial_id in ids[1:]:
+        study.trial(trial_id).delete("result.json")
+        study.trial(trial_id).write_json("failed.json", {"error": "no memory", "attempts": 4})
+    stopped = run_study(plan, root, only_failed=True, work=works.wish_to_stop, executor=executor)
+    assert stopped.exit_code == 130
+    assert [t.state for t in study.status().trials] == ["finished", "interrupted", "failed"]
+    again = run_study(plan, root, only_failed=True, work=works.null, executor="plain")
+    assert (again.trained, again.exit_code) == (2, 0)
+    assert [t.state for t in study.status().trials] == ["finished"] * 3
+    assert not [n for n in study.storage.list("trials") if n.endswith(("/failed.json", "/retried.json"))]
+
+
+def test_only_failed_remembers_an_explanation_until_it_is_done(films: Path, place: Path) -> None:
+    plan, root = planned(films, place, ["mixtures=[50]"])
+    study = Study(root.child("tiny"))
+    run_study(plan, root, executor="plain")
+    directory = study.trial(plan.trials[0].trial_id)
+    for folder in {n.rsplit("/", 1)[0] for n in directory.list("explain") if n.endswith("done.json")}:
+        directory.delete_tree(folder)
+        directory.write_json(f"{folder}/failed.json", {"error": "no memory", "attempts": 4})
+
+    class Leaves(Said):
+        def say(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(plan, root, only_failed=True, executor="plain", shown=Leaves())
+    again = run_study(plan, root, only_failed=True, executor="plain")
+    assert (again.explained, again.exit_code) == (2, 0)
+    assert not [n for n in directory.list() if n.endswith("failed.json")]
 
 
 def test_a_second_driver_is_refused(films: Path, tmp_path: Path) -> None:

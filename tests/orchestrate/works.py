@@ -12,7 +12,7 @@ from pathlib import Path
 import ray.cloudpickle
 
 from raystudy.images.array import ImageArray
-from raystudy.orchestrate.assignment import Assignment, Status
+from raystudy.orchestrate.assignment import Assignment, Status, write_stop
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not see the tests
 
@@ -50,6 +50,12 @@ def until_stopped(assignment: Assignment, images: ImageArray, should_stop: Calla
     while not should_stop():
         time.sleep(0.05)
     return "interrupted"
+
+
+def wish_to_stop(assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
+    """Ask the whole study to end as soon as one trial runs."""
+    write_stop(assignment.study, "a test")
+    return until_stopped(assignment, images, should_stop)
 
 
 def fail_by_file(assignment: Assignment, images: ImageArray, should_stop: Callable[[], bool]) -> Status:
