@@ -18,6 +18,7 @@ import pandas as pd
 
 from raystudy.errors import StudyError
 from raystudy.images.array import ImageArray
+from raystudy.orchestrate.lock import held_by_another
 from raystudy.storage import Storage
 from raystudy.study import Study
 
@@ -62,6 +63,7 @@ class Assignment:
     rows: TrialRows
     device: Device
     watched: bool = False  # a search may stop it early
+    owner: str = ""  # the token of the driver's lock
     place: Storage | None = None  # its directory, where it is not simply the study's
 
     @property
@@ -116,7 +118,10 @@ def read_rows(study: Study, rows: Rows) -> pd.DataFrame:
 
 
 def stop_watch(
-    study: Study, also: Callable[[], bool] = lambda: False, mark: tuple[Storage, str] | None = None
+    study: Study,
+    also: Callable[[], bool] = lambda: False,
+    mark: tuple[Storage, str] | None = None,
+    owner: str = "",
 ) -> Callable[[], bool]:
     """Return ``should_stop``: looks for the wish to stop now and then, and remembers it.
 
@@ -124,6 +129,7 @@ def stop_watch(
     ----------
     also : another reason, asked every time.
     mark : a file that is a wish, too.
+    owner : the token of a driver's lock; the lock of another driver is a wish, too.
     """
     pause = LOCAL_POLL if study.storage.is_local else REMOTE_POLL
     seen, looked = False, -pause
@@ -137,6 +143,7 @@ def stop_watch(
             looked = now
             try:
                 seen = stop_wished(study) or (mark is not None and mark[0].exists(mark[1]))
+                seen = seen or (bool(owner) and held_by_another(study.storage, owner))
             except StudyError:  # the storage is away: nobody can wish anything now
                 return False
         return seen

@@ -42,6 +42,7 @@ def run_on_ray(run: Run, resources: Resources, session: Session) -> None:
         resources.max_failures,
         run.stop,
         may_grow=not session.local,
+        owner=run.stop.owner,
     )
     for trial, job in run.todo.explanations:
         explainer.add(_explain_job(run, trial, job))
@@ -71,7 +72,7 @@ def run_on_ray(run: Run, resources: Resources, session: Session) -> None:
 def _sweep(run: Run, images: dict[str, Any], placement: Placement) -> Sweep:
     """Return the sweep of the missing trials, or of a search that goes on."""
     waiting = [_queued(run, t) for t in run.todo.trials]
-    sweep = Sweep(run.study, waiting, images, placement, run.stop, run.work)
+    sweep = Sweep(run.study, waiting, images, placement, run.stop, run.work, run.stop.owner)
     if run.book is not None and run.todo.suggestions:
         scheduler = None
         if run.book.settings.scheduler == "asha":

@@ -166,6 +166,7 @@ def run_study(
         finally:
             if mirror is not None and not mirror.close():
                 shown.say("the MLflow mirror is behind; repair it with `raystudy report EXPERIMENT --sync`")
+        lock.look()
         if lock.lost:
             raise StudyError(
                 "another driver took this study over", where=study.storage.uri, remedy="leave it to that one"

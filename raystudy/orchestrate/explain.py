@@ -55,7 +55,7 @@ class ExplainNews:
 @ray.remote(max_retries=0)
 def explanation_task(job: Job, assignment: Assignment, images: ImageArray, settings: ExplainSettings) -> Status:
     """Do one explanation job in a process of its own."""
-    return explain(job, assignment, images, settings, stop_watch(assignment.study))
+    return explain(job, assignment, images, settings, stop_watch(assignment.study, owner=assignment.owner))
 
 
 @dataclass
@@ -68,6 +68,7 @@ class Explainer:
     slots : tasks at a time once no trial runs; half of them, at least one, before.
     own_resource : the cluster has the ``explain`` resource; otherwise a task takes ``cpus``.
     may_grow : other machines may join; both are looked up again now and then.
+    owner : the token of the driver's lock.
     """
 
     study: Study
@@ -79,6 +80,7 @@ class Explainer:
     max_failures: int = 3
     stopping: Callable[[], bool] = lambda: False
     may_grow: bool = False
+    owner: str = ""
     _looked: float = field(default_factory=time.monotonic)
     _waiting: deque[tuple[ExplainJob, int]] = field(default_factory=deque)
     _running: dict[Any, tuple[ExplainJob, int]] = field(default_factory=dict)
@@ -140,7 +142,7 @@ class Explainer:
         )
         name = job.name if attempt == 1 else f"{job.name} (attempt {attempt})"
         task = explanation_task.options(name=name, num_gpus=self.gpus, **options)
-        assignment = Assignment(self.study, job.trial_id, job.rows, Device(self.gpus))
+        assignment = Assignment(self.study, job.trial_id, job.rows, Device(self.gpus), owner=self.owner)
         return task.remote(job.job, assignment, self.images[job.images], job.settings)
 
 

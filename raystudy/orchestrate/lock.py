@@ -45,9 +45,19 @@ class StudyLock:
         self._thread: threading.Thread | None = None
 
     @property
+    def token(self) -> str:
+        """What tells this lock from that of any other driver."""
+        return str(self._record["token"])
+
+    @property
     def lost(self) -> bool:
         """Another driver took the study over: this one must end."""
         return self._lost.is_set()
+
+    def look(self) -> None:
+        """See now whether the lock is lost, without waiting for the next heartbeat."""
+        if not self._owned():
+            self._lost.set()
 
     def acquire(self) -> None:
         """Take the lock, or refuse and name its owner.
@@ -116,13 +126,13 @@ class StudyLock:
         )
 
     def _owned(self) -> bool:
-        return (lock_holder(self._storage) or {}).get("token") == self._record["token"]
+        return (lock_holder(self._storage) or {}).get("token") == self.token
 
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_seconds):
             try:
-                if not self._owned():
-                    self._lost.set()
+                self.look()
+                if self.lost:
                     return
                 self._storage.write_bytes(LOCK, self._bytes())
             except StudyError:
@@ -140,6 +150,12 @@ def lock_holder(storage: Storage, name: str = LOCK) -> dict[str, Any] | None:
         return None
     except (ValueError, TypeError):
         return {"owner": f"a damaged {name}"}
+
+
+def held_by_another(storage: Storage, token: str) -> bool:
+    """Whether another driver than the one with this token holds the study; a lock that is gone is nobody's."""
+    holder = lock_holder(storage) or {}
+    return holder.get("token", token) != token
 
 
 @contextlib.contextmanager

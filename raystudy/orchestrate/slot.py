@@ -70,6 +70,7 @@ class Shared:
     images: dict[str, Any]  # key -> ObjectRef of an ImageArray
     placement: Placement
     work: Work | None  # None: a real trial
+    owner: str  # the token of the driver's lock
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def trial_task(work: Work | None, assignment: Assignment, images: ImageArray) ->
         work = train
     directory = assignment.directory
     titled = TitledDirectory(directory.uri, directory.retry_seconds, assignment.trial_id)
-    should_stop = stop_watch(assignment.study, mark=(directory, STOPPED) if assignment.watched else None)
+    mark = (directory, STOPPED) if assignment.watched else None
+    should_stop = stop_watch(assignment.study, mark=mark, owner=assignment.owner)
     return perform(work, replace(assignment, place=titled), images, should_stop)
 
 
@@ -116,7 +118,7 @@ class TrialSlot(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Run the trial to its end; when it is watched, only to its next validation accuracy."""
         placement = self.shared.placement
-        stopped = stop_watch(self.shared.study)
+        stopped = stop_watch(self.shared.study, owner=self.shared.owner)
         while True:
             if self._task is None:
                 if stopped():
@@ -194,7 +196,8 @@ class TrialSlot(tune.Trainable):
             num_gpus=placement.gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),
         )
-        assignment = Assignment(shared.study, trial_id, rows, device, bool(self.config.get("watched")))
+        watched = bool(self.config.get("watched"))
+        assignment = Assignment(shared.study, trial_id, rows, device, watched, shared.owner)
         return task.remote(shared.work, assignment, shared.images[self.config["images"]])
 
 

@@ -61,14 +61,19 @@ class Stop:
     """The wish to end with checkpoints: a signal, a file in the study directory, or the loss of the lock."""
 
     def __init__(self, study: Study, lock: StudyLock) -> None:
-        self._study = study
+        self._study, self._lock = study, lock
         self._asked = threading.Event()
         self._written = False
-        self._watch = stop_watch(study, lambda: self._asked.is_set() or lock.lost)
+        self._watch = stop_watch(study, lambda: self._asked.is_set() or lock.lost, owner=lock.token)
+
+    @property
+    def owner(self) -> str:
+        """The lock's token; trials and explanations end where another driver's takes its place."""
+        return self._lock.token
 
     def __call__(self) -> bool:
         wished = self._watch()
-        if self._asked.is_set() and not self._written:
+        if self._asked.is_set() and not self._written and not self._lock.lost:
             self._written = True
             write_stop(self._study, "the driver")  # trials look for it
         return wished

@@ -137,6 +137,7 @@ class Sweep:
     images : key -> reference of the shared ImageArray.
     stopping : the wish to stop; trials see it by themselves, the sweep hands out no more.
     work : what a trial does; None trains it.
+    owner : the token of the driver's lock.
     """
 
     study: Study
@@ -145,6 +146,7 @@ class Sweep:
     placement: Placement
     stopping: Callable[[], bool]
     work: Work | None = None
+    owner: str = ""
     searcher: Searcher | None = None
     scheduler: TrialScheduler | None = None
     news: queue.SimpleQueue[TrialNews] = field(default_factory=queue.SimpleQueue)
@@ -178,7 +180,7 @@ class Sweep:
         os.environ.update({**_TUNE_SETTINGS, "TUNE_MAX_PENDING_TRIALS_PG": str(self.placement.pending)})
         for name in ("ray.tune", "ray.train", "ray.air"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        shared = Shared(self.study, self.images, self.placement, self.work)
+        shared = Shared(self.study, self.images, self.placement, self.work, self.owner)
         bundle = {"CPU": float(self.placement.cpus), "GPU": float(self.placement.gpus)}
         bundles = [{}, {name: share for name, share in bundle.items() if share}]
         slot = tune.with_resources(

@@ -16,7 +16,9 @@ import pytest
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import Work, write_stop
 from raystudy.orchestrate.driver import Executor, Outcome, run_study
-from raystudy.orchestrate.films import plan_readable
+from raystudy.orchestrate.explain import Explainer, ExplainJob
+from raystudy.orchestrate.films import plan_readable, prepare_films
+from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.progress import Silent
@@ -191,6 +193,53 @@ def test_only_failed_remembers_an_explanation_until_it_is_done(films: Path, plac
     again = run_study(plan, root, only_failed=True, executor="plain")
     assert (again.explained, again.exit_code) == (2, 0)
     assert not [n for n in directory.list() if n.endswith("failed.json")]
+
+
+def test_running_trials_end_when_another_driver_takes_the_study_over(films: Path, place: Path) -> None:
+    plan, root = planned(films, place, ["resources.max_concurrent=1"])
+    study = Study(root.child("tiny"))
+    other = {"token": "another", "owner": "process 1 on elsewhere", "host": "elsewhere", "heartbeat": 1.0}
+    lost: list[float] = []
+
+    def take_over() -> None:
+        while not any("/events" in n for n in study.storage.list("trials")):
+            time.sleep(0.05)
+        study.storage.write_json("lock.json", other)
+        lost.append(time.monotonic())
+
+    rival = threading.Thread(target=take_over)
+    rival.start()
+    with pytest.raises(StudyError, match="another driver took this study over"):
+        run_study(plan, root, work=works.until_stopped)
+    assert time.monotonic() - lost[0] < 8  # the next heartbeat is up to ten seconds away
+    rival.join()
+    assert study.storage.read_json("lock.json") == other
+    assert not study.storage.exists("stop.json")
+    assert count(place / "tiny", "started") == 1
+
+
+def test_an_explanation_ends_when_another_driver_takes_the_study_over(films: Path, place: Path) -> None:
+    plan, root = planned(films, place, ["mixtures=[50]"])
+    study, trial = Study(root.child("tiny")), plan.trials[0]
+    run_tiny(films, place, ["mixtures=[50]", "explain.enabled=false"], executor="plain")
+    ledger = Ledger(study, plan)
+    ledger.open()
+    ledger.prepare_trials(plan.trials)
+    shared = prepare_films(plan.trials, plan.image_table, root, Silent())
+    images, key = shared.shared(), shared.key(trial)
+
+    def ends(owner: str) -> str:
+        explainer = Explainer(study, images, slots=1, cpus=1, own_resource=False, owner=owner)
+        explainer.add(ExplainJob(trial.trial_id, "prototypes", trial.explain, ledger.rows[trial.trial_id], key))
+        news = explainer.poll(trials_running=False)
+        while not news:
+            time.sleep(0.05)
+            news = explainer.poll(trials_running=False)
+        return news[0].state
+
+    study.storage.write_json("lock.json", {"token": "another"})
+    assert ends("mine") == "interrupted"
+    assert ends("another") == "finished"
 
 
 def test_a_second_driver_is_refused(films: Path, tmp_path: Path) -> None:

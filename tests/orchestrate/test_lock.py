@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from raystudy.errors import StudyError
+from raystudy.orchestrate.assignment import stop_watch
 from raystudy.orchestrate.lock import LOCK, StudyLock, locked
 from raystudy.storage import Storage, open_storage
+from raystudy.study import Study
 
 
 def dead_record(storage: Storage, **more: object) -> dict[str, object]:
@@ -150,6 +152,16 @@ def test_the_lock_holds_on_object_storage(s3_bucket: str) -> None:
     dead = dead_record(storage)
     with locked(storage):
         assert storage.read_json(LOCK)["token"] != dead["token"]
+
+
+def test_a_trial_tells_its_drivers_lock_from_anothers_and_from_none(tmp_path: Path) -> None:
+    study = Study(open_storage(tmp_path))
+    for lock, ends in ((b'{"token": "mine"}', False), (b'{"token": "other"}', True), (b"{", False)):
+        study.storage.write_bytes(LOCK, lock)
+        assert stop_watch(study, owner="mine")() is ends
+        assert not stop_watch(study)()
+    study.storage.delete(LOCK)
+    assert not stop_watch(study, owner="mine")()
 
 
 def test_a_damaged_lock_names_itself(tmp_path: Path) -> None:
