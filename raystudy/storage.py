@@ -30,6 +30,7 @@ from raystudy.object_stores import ArrowFolder, Backend, FileStamp, LocalFolder
 RETRY_SECONDS = 60.0
 UNREACHABLE_SECONDS = 20.0  # Google's client would go on for 15 minutes
 REMEDY = "delete this file and run the same command again"
+FIRST_EVENT_BYTES = 65536  # no first event is longer
 EVENT_READERS = 16  # concurrent requests when events are read from object storage
 
 _AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION")
@@ -161,6 +162,16 @@ class Storage:
         keys = [f"{path}/{number:08d}.json" for number in sorted(_numbers(self.list(path)))[start:]]
         with ThreadPoolExecutor(EVENT_READERS) as pool:
             return [event for event in map(_parsed, pool.map(self.read_bytes, keys)) if event is not None]
+
+    def first_event(self, path: str) -> dict[str, Any] | None:
+        """Return the event that was written first; None when there is none, or when it is damaged."""
+        if isinstance(self._backend, LocalFolder):
+            if not self.exists(path):
+                return None
+            line, newline, _ = self.read_head(path, FIRST_EVENT_BYTES).partition(b"\n")
+            return _parsed(line) if newline else None
+        numbers = _numbers(self.list(path))
+        return _parsed(self.read_bytes(f"{path}/{min(numbers):08d}.json")) if numbers else None
 
     def check_writable(self) -> None:
         """Write, read and delete a small file, so that a storage that cannot be used is refused at the start."""

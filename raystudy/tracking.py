@@ -17,7 +17,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -37,9 +38,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from raystudy.config import Tracking
-from raystudy.errors import StudyError
-from raystudy.results import DONE, read_result, sealed
-from raystudy.storage import Storage
+from raystudy.errors import DamagedFileError, StudyError
+from raystudy.results import DONE, read_result, read_sealed, sealed, write_sealed
+from raystudy.storage import EVENT_READERS, Storage
 from raystudy.study import Study
 from raystudy.tracking_values import (
     MOST_NUMBERS,
@@ -204,10 +205,12 @@ class Store:
         self.client = MlflowClient(tracking_uri=settings.uri)
         self.experiment_id = self._experiment(settings.experiment or study.name)
         self.sent: dict[str, Any] = {}
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            self.sent = study.storage.read_json(_cursor_path(settings))
+        with contextlib.suppress(DamagedFileError):  # then everything is sent again, which changes nothing
+            self.sent = (read_sealed(study.storage, _cursor_path(settings)) or {"sent": {}})["sent"]
+        self.began: dict[str, int] = {}  # when a trial's first event was written, in ms
         self.runs: dict[tuple[str, str], str] = {}
         self.parents: dict[str, str | None] = {}  # of the runs that were found
+        self.statuses: dict[str, str] = {}  # of the same
         self._find_runs()
 
     def _experiment(self, name: str) -> str:
@@ -234,6 +237,7 @@ class Store:
             else:
                 self.runs[name] = run.info.run_id
                 self.parents[run.info.run_id] = run.data.tags.get(PARENT)
+                self.statuses[run.info.run_id] = run.info.status
         self.live = set(self.runs.values())
 
     def _list_runs(self) -> Iterator[Any]:
@@ -267,6 +271,7 @@ class Store:
         before = json.dumps(self.sent, sort_keys=True)
         try:
             plan, files = self.study.plan(), self.study.files()
+            self._look_when_they_began({t: files.get(t, set()) for t in plan["trials"]})
             for trial_id in plan["trials"]:
                 explained = plan.get("explain", {}).get(trial_id, {}).get("faithfulness")
                 self._sync_trial(trial_id, files.get(trial_id, set()), explained)
@@ -274,24 +279,34 @@ class Store:
                 self._sync_study(_study_status([files.get(t, set()) for t in plan["trials"]]))
         finally:
             if json.dumps(self.sent, sort_keys=True) != before:
-                self.study.storage.write_json(_cursor_path(self.settings), self.sent)
+                write_sealed(self.study.storage, _cursor_path(self.settings), {"sent": self.sent}, ())
+
+    def _look_when_they_began(self, files: Mapping[str, set[str]]) -> None:
+        """Read the first event of every trial that has begun, once."""
+        begun = [t for t, names in files.items() if t not in self.began and _has_events(names)]
+        with ThreadPoolExecutor(EVENT_READERS) as pool:
+            firsts = pool.map(lambda t: self.study.trial(t).first_event("events"), begun)
+            self.began |= {t: event_time(first) for t, first in zip(begun, firsts, strict=True) if first is not None}
 
     def _sync_trial(self, trial_id: str, names: set[str], explained: str | None) -> None:
-        sent = self.sent.get(trial_id, {})
-        if sent.get("run") not in self.live:
-            sent = {}  # nothing was sent, or somebody deleted the run
-        if "spec.json" not in names or not any(n.split("/")[0] == "events" for n in names):
+        sent, started = self.sent.get(trial_id, {}), self.began.get(trial_id)
+        if sent.get("run") not in self.live or (started is not None and sent["started"] != started):
+            sent = {}  # nothing was sent, somebody deleted the run, or the trial was deleted and trained anew
+        if "spec.json" not in names or not _has_events(names):
             return
         done = f"explain/{explained}/done.json"
         if sent.get("result") and (done not in names or explained == sent.get("faithfulness")):
             return
         directory = self.study.trial(trial_id)
         if not sent:
-            first = directory.read_events("events")[:1]
-            if not first:
-                return
-            started = event_time(first[0])
-            sent = {"run": self.run(trial_id, started), "events": 0, "position": [-1, 0, 0]}
+            if started is None:  # its first event is damaged
+                readable = directory.read_events("events")[:1]
+                if not readable:
+                    return
+                started = event_time(readable[0])
+            run = self.run(trial_id, started)
+            sent = {"run": run, "started": started, "events": 0, "position": [-1, 0, 0]}
+            sent["status"] = self.statuses.get(run, "RUNNING")
         self.sent[trial_id] = sent
         run = sent["run"]
         if "params" not in sent:
@@ -330,7 +345,7 @@ class Store:
         self._set_status(run, _run_status(names, last), when, sent)
 
     def _set_status(self, run: str, status: str, when: int, sent: dict[str, Any]) -> None:
-        if sent.get("status", "RUNNING") == status:
+        if sent["status"] == status:
             return
         if status == "RUNNING":
             self.ask(self.client.update_run, run, status)
@@ -369,7 +384,7 @@ class Store:
         run = self.run("")
         sent = self.sent.get("", {})
         if sent.get("run") != run:
-            sent = self.sent[""] = {"run": run, "files": {}}
+            sent = self.sent[""] = {"run": run, "files": {}, "status": self.statuses.get(run, "RUNNING")}
         for child, parent in self.parents.items():
             if run not in (child, parent):  # it had a parent that is gone
                 self.ask(self.client.set_tag, child, PARENT, run)
@@ -391,6 +406,10 @@ class Store:
             file = Path(scratch) / name
             file.write_bytes(data)
             self.ask(self.client.log_artifact, run, str(file), folder or None)
+
+
+def _has_events(names: set[str]) -> bool:
+    return any(n.split("/")[0] == "events" for n in names)
 
 
 def _run_status(names: set[str], last_event: str) -> str:

@@ -120,4 +120,4 @@ def replay(source: Study, target: Study) -> Iterator[str]:
 
 def cursor(study: Study) -> dict[str, Any]:
     (name,) = study.storage.list("tracking")
-    return json.loads(study.storage.read_bytes(name))
+    return json.loads(study.storage.read_bytes(name))["sent"]

@@ -137,6 +137,9 @@ def test_events_are_appended_in_order_and_read_from_a_start(storage: Storage) ->
     assert [event["epoch"] for event in storage.read_events("t/events")] == list(range(12))
     assert [event["epoch"] for event in storage.read_events("t/events", start=10)] == [10, 11]
     assert storage.read_events("t/events", start=12) == []
+    first = storage.first_event("t/events")
+    assert (first or {})["epoch"] == 0
+    assert storage.first_event("u/events") is None
 
 
 def test_events_of_two_writers_are_all_kept(storage: Storage) -> None:
@@ -216,6 +219,8 @@ def test_a_torn_event_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> N
     assert storage.read_events("events") == [{"epoch": 1}]
     storage.append_event("events", {"epoch": 3})
     assert storage.read_events("events") == [{"epoch": 1}, {"epoch": 3}]
+    (tmp_path / "events").write_bytes(b"?" + (tmp_path / "events").read_bytes()[1:])
+    assert storage.first_event("events") is None  # damaged; the next one is not taken for it
 
 
 def test_a_file_left_aside_by_a_crash_is_not_listed(tmp_path: Path) -> None:

@@ -151,6 +151,45 @@ def test_an_interrupted_trial_is_shown_as_killed_and_goes_on_as_running(
         assert run.info.status == status
 
 
+def begun_trial(study: Study, trial_id: str, came: Study, since: float) -> None:
+    """Write a trial's spec and its first two events anew, as of another time."""
+    directory = study.trial(trial_id)
+    directory.delete_tree()
+    directory.write_bytes("spec.json", came.trial(trial_id).read_bytes("spec.json"))
+    for n, event in enumerate(came.trial(trial_id).read_events("events")[:2]):
+        directory.append_event("events", {**event, "time": since + n})
+
+
+@pytest.mark.parametrize("was", ["begun", "finished"])
+def test_a_trial_that_was_deleted_and_trained_anew_has_a_run_of_its_own(
+    was: str, tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study = tiny_study.copy(tmp_path)
+    trial_id = study.trial_ids()[0]
+    if was == "begun":
+        begun_trial(study, trial_id, tiny_study.study, 1000.0)
+    for since in (None, 2000.0, 3000.0):
+        if since is not None:
+            begun_trial(study, trial_id, tiny_study.study, since)
+        mirror_all(study, sqlite)
+    found = [r for r in runs(sqlite.uri, "tiny") if r.data.tags["raystudy.trial_id"] == trial_id]
+    started = {r.info.start_time for r in found}
+    assert started >= {2_000_000, 3_000_000}
+    assert len(found) == len(started) == 3
+    client = MlflowClient(tracking_uri=sqlite.uri)
+    for run in found:
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "val_accuracy")][:1] == [1]
+
+
+def test_a_damaged_first_event_makes_no_second_run(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
+    study = tiny_study.copy(tmp_path)
+    mirror_all(study, sqlite)
+    directory = study.trial(study.trial_ids()[0])
+    directory.write_bytes("events", b"?" + directory.read_bytes("events")[1:])
+    mirror_all(study, sqlite)
+    assert_mirrored_once(study, sqlite.uri)
+
+
 def test_a_study_with_failed_trials_alone_left_is_shown_as_failed_until_they_are_done(
     tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
 ) -> None:

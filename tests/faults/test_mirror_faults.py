@@ -1,6 +1,8 @@
 """MLflow down, slow, answering 500 or twice, dying in a batch: training is untouched, every datum is there once."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -15,7 +17,7 @@ from raystudy.config import Tracking
 from raystudy.mirror import Mirror
 from raystudy.orchestrate.driver import run_study
 from raystudy.orchestrate.plan import plan_study
-from raystudy.storage import open_storage
+from raystudy.storage import json_bytes, open_storage
 from raystudy.streams import stream
 from raystudy.study import Study
 from raystudy.tracking import sync_study
@@ -79,6 +81,37 @@ def test_a_study_without_its_server_ends_with_the_same_bytes_and_is_mirrored_lat
     assert outcome.exit_code == 0
     kept = tiny.result_bytes(root / "studies")
     assert {k: kept[k] for k in tiny.result_bytes(tmp_path)} == tiny.result_bytes(tmp_path)
+
+
+def test_damage_in_the_cursor_loses_nothing_and_repeats_nothing(tiny_study: TinyStudy, tmp_path: Path) -> None:
+    study = Study(open_storage(tmp_path).child("tiny"))
+    settings = Tracking(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    MlflowClient(tracking_uri=settings.uri).search_experiments()  # makes the tables
+
+    def mirror_all() -> None:
+        mirror = Mirror(study, settings)
+        mirror.start()
+        assert mirror.close()
+
+    steps = replay(tiny_study.study, study)
+    while "result" not in next(steps):
+        pass
+    next(steps), next(steps)  # the second trial has begun
+    mirror_all()
+    (name,) = study.storage.list("tracking")
+    whole, database = study.storage.read_bytes(name), (tmp_path / "mlflow.db").read_bytes()
+    for _ in steps:
+        pass
+    draw = stream(12, "cursor")
+    counts = [m.start(1) for m in re.finditer(rb'"events": (\d)', whole)]
+    assert len(counts) == 2
+    damaged = [whole[:at] + b"7" + whole[at + 1 :] for at in counts]
+    damaged += [whole[: int(draw.integers(len(whole)))], json_bytes(json.loads(whole)["sent"]), b"[]"]
+    for cursor in damaged:
+        (tmp_path / "mlflow.db").write_bytes(database)
+        study.storage.write_bytes(name, cursor)
+        mirror_all()
+        assert_mirrored_once(study, settings.uri)
 
 
 def test_a_mirror_that_was_killed_anywhere_goes_on(tiny_study: TinyStudy, tmp_path: Path) -> None:
