@@ -150,6 +150,8 @@ def run_study(
         ledger.prepare_trials(todo.involved)
         outcome = Outcome({t.trial_id: _state(ledger, t) for t in asked.trials})
         shown.say(_overview(asked, study, todo))
+        if book is not None and (note := book.left_out()):
+            shown.say(note)
         if mirror is not None:
             mirror.start()
         if todo:

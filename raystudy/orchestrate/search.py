@@ -107,6 +107,25 @@ class SearchBook:
         values = ", ".join(f"{key} = {value}" for key, value in best[0].values.items())
         return f"best of {len(self.observed)}: {best[1]:.1f} % validation accuracy with {values}"
 
+    def left_out(self) -> str | None:
+        """Say how many suggestions the search space, as it is now, no longer holds; None where it holds all."""
+        n = sum(not self.holds(suggestion) for suggestion in self.suggestions)
+        if not n:
+            return None
+        return f"{n} of {len(self.suggestions)} suggestions are outside search.space now: only their trials are kept"
+
+    def holds(self, suggestion: Suggestion) -> bool:
+        """Whether the search could suggest these values today."""
+        return all(self._could_be(key, value) for key, value in suggestion.values.items())
+
+    def _could_be(self, key: str, value: Any) -> bool:
+        wanted = self.settings.space[key]
+        bounds = wanted.uniform or wanted.loguniform
+        if bounds is None:
+            return value in (wanted.choice or ())
+        low, high = (self._fitting(key, bound) for bound in bounds)  # a value at the edge was rounded as well
+        return isinstance(value, int | float) and low <= value <= high
+
     def suggest(self) -> Suggestion | None:
         """Return the next suggestion, written down, or None when there are enough."""
         if not self.wants_more:
@@ -237,14 +256,14 @@ def _at(wanted: SearchRange, share: float) -> Any:
 
 
 def _optuna(book: SearchBook, number: int) -> dict[str, Any]:
-    """Ask Optuna's TPE, told every observation again, with a seed of its own: it remembers nothing itself."""
+    """Ask Optuna's TPE, told again what was observed in this space, with a seed of its own: it remembers nothing."""
     optuna = _require_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seed = stream_seed(book.experiment.study_seed, "search", "optuna", number) % 2**32
     memory = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     space = {key: _distribution(wanted) for key, wanted in book.settings.space.items()}
     for known in book.suggestions:
-        if known.number in book.observed:
+        if known.number in book.observed and book.holds(known):
             params = {key: _parameter(book.settings.space[key], value) for key, value in known.values.items()}
             memory.add_trial(
                 optuna.trial.create_trial(params=params, distributions=space, value=book.observed[known.number])
@@ -275,7 +294,10 @@ def _distribution(wanted: SearchRange) -> Any:
 
 
 def _parameter(wanted: SearchRange, value: Any) -> Any:
-    return wanted.choice.index(value) if wanted.choice is not None else value
+    if wanted.choice is not None:
+        return wanted.choice.index(value)
+    low, high = wanted.uniform or wanted.loguniform or (value, value)
+    return min(max(float(value), low), high)  # rounded, it may lie a little beyond a bound
 
 
 def _value(wanted: SearchRange, parameter: Any) -> Any:

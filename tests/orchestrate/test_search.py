@@ -7,8 +7,10 @@ import pytest
 from raystudy.errors import StudyError
 from raystudy.orchestrate.driver import run_study
 from raystudy.orchestrate.plan import plan_study
+from raystudy.orchestrate.progress import Silent
 from raystudy.orchestrate.search import Halving, SearchBook, search_experiment
 from raystudy.orchestrate.state import Outcome
+from raystudy.results import write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
 from tests.orchestrate import tiny, works
@@ -118,6 +120,72 @@ def test_a_search_of_other_keys_is_another_study(films: Path, tmp_path: Path) ->
     root = open_storage(tmp_path)
     with pytest.raises(StudyError, match="searched other keys"):
         run_study(plan_study(search_experiment(experiment), root), root, executor="plain")
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+@pytest.mark.parametrize(
+    ("key", "narrowed", "outside"),
+    [
+        ("training.lr_backbone", {"loguniform": [1e-4, 1e-3]}, {0.01, 0.05}),
+        ("model.prototypes_per_class", {"choice": [2, 3]}, {1}),
+        ("training.lr_backbone", {"choice": [0.01, 0.3]}, {0.0005, 0.0002, 0.05}),
+    ],
+)
+def test_a_narrower_space_keeps_the_trials_and_forgets_the_values_outside_it(
+    algorithm: str, key: str, narrowed: dict[str, list[float]], outside: set[float], films: Path, tmp_path: Path
+) -> None:
+    space = {"training.lr_backbone": {"loguniform": [1e-5, 1e-1]}, "model.prototypes_per_class": {"choice": [1, 2]}}
+    told = {**SEARCH, "algorithm": algorithm}
+    root = open_storage(tmp_path / "studies")
+    base = plan_study(search_experiment(tiny.experiment(films, root.uri, search={**told, "space": space})), root)
+    study = Study(root.child("tiny"))
+    for number, (rate, prototypes) in enumerate([(0.01, 2), (0.0005, 1), (0.0002, 2), (0.05, 2)]):
+        values = {"training.lr_backbone": rate, "model.prototypes_per_class": prototypes}
+        name, note = f"{number:06d}.json", {"number": number, "objective": 50.0 + number, "trials": {}}
+        write_sealed(study.storage, f"search/suggestions/{name}", {"number": number, "values": values}, ())
+        write_sealed(study.storage, f"search/observations/{name}", note, ())
+    wide = SearchBook(study, tiny.experiment(films, root.uri, search={**told, "space": space}), base)
+    wide.open()
+    assert wide.left_out() is None
+    narrow = {**told, "space": {**space, key: narrowed}}
+    found = SearchBook(study, tiny.experiment(films, root.uri, search=narrow), base)
+    found.open()
+    gone = sum(s.values[key] in outside for s in found.suggestions)
+    assert f"{gone} of 4 suggestions are outside search.space" in (found.left_out() or "")
+    more = [found.suggest(), found.suggest()]
+    assert all(s is not None and found.holds(s) for s in more)
+    assert len(found.trials) == len({tuple(s.values.values()) for s in found.suggestions})
+    assert found.observed == wide.observed
+
+
+def test_a_value_that_was_rounded_over_a_bound_is_still_of_its_space(films: Path, tmp_path: Path) -> None:
+    space = {"training.lr_backbone": {"uniform": [0.00123449, 0.00123451]}}  # every draw is rounded out of it
+    told = {**SEARCH, "space": space, "algorithm": "optuna", "trials": 3}
+    experiment, root = tiny.experiment(films, tmp_path, search=told), open_storage(tmp_path)
+    found = SearchBook(Study(root.child("tiny")), experiment, plan_study(search_experiment(experiment), root))
+    found.open()
+    for objective in (50.0, 60.0):
+        suggestion = found.suggest()
+        assert suggestion is not None
+        found.observed[suggestion.number] = objective
+    assert found.suggest() is not None
+    assert found.left_out() is None
+
+
+def test_a_run_says_in_one_line_that_its_search_space_is_narrower(films: Path, place: Path) -> None:
+    search(films, place, ["search.trials=2"])
+    said: list[str] = []
+    shown = Silent()
+    shown.say = said.append
+    narrow = {**SPACE, "training.lr_backbone": {"loguniform": [1e-9, 1e-8]}}
+    experiment = tiny.experiment(films, place, search={**SEARCH, "trials": 2, "space": narrow})
+    root = open_storage(place)
+    plan = plan_study(search_experiment(experiment), root)
+    outcome = run_study(plan, root, executor="plain", work=works.learn, shown=shown)
+    assert (outcome.trained, set(outcome.states.values())) == (0, {"finished"})
+    assert [line for line in said if "outside search.space" in line] == [
+        "2 of 2 suggestions are outside search.space now: only their trials are kept"
+    ]
 
 
 def test_halving_lets_the_best_third_go_on_and_decides_the_same_when_it_is_read_back(tmp_path: Path) -> None:
