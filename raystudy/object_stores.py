@@ -73,9 +73,10 @@ class LocalFolder:
             return (self.root / key).is_file()
 
     def list(self, prefix: str) -> Iterator[str]:
+        """Yield the files, also those behind links to folders; a link back ends there."""
         with self._refusals(prefix):
             start = len(os.path.join(self.root, ""))
-            for folder, _, names in os.walk(self.root / prefix):
+            for folder, names in _walk(os.path.join(self.root, prefix) if prefix else str(self.root)):
                 above = f"{folder}/"[start:]
                 for name in names:
                     if not (name.startswith(".") and ASIDE.match(name)):
@@ -95,6 +96,7 @@ class LocalFolder:
             (self.root / key).unlink(missing_ok=True)
 
     def delete_tree(self, prefix: str) -> None:
+        """Delete a folder; of a link in it only the link, never what it points to."""
         with self._refusals(prefix), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.root / prefix)
 
@@ -156,8 +158,28 @@ class LocalFolder:
         )
 
 
+def _walk(top: str, way: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder at ``top`` and below, also through links, with its files.
+
+    A link to a folder that the way to it passes through, or to one above that, would never end and is left out.
+
+    Parameters
+    ----------
+    way : the resolved folders from which links led here.
+    """
+    for folder, below, names in os.walk(top):
+        yield folder, names
+        for link in (path for path in (os.path.join(folder, name) for name in below) if os.path.islink(path)):
+            target, passed = os.path.realpath(link), (*way, os.path.realpath(folder))
+            if not any(os.path.commonpath((target, place)) == target for place in passed):
+                yield from _walk(link, passed)
+
+
 class ArrowFolder:
-    """Any other file system that pyarrow opens by URI (gs://, abfs://, hdfs://).  No exclusive creation."""
+    """Any other file system that pyarrow opens by URI (gs://, abfs://, hdfs://).  No exclusive creation.
+
+    A file is written in place: when it can be seen is the service's business (``Storage.write_bytes``).
+    """
 
     def __init__(self, file_system: pyarrow.fs.FileSystem, root: str, uri: str) -> None:
         self.file_system, self.root, self.uri = file_system, root.rstrip("/"), uri

@@ -87,7 +87,10 @@ class Storage:
         return self._backend.exists(_checked(path))
 
     def list(self, prefix: str = "") -> list[str]:
-        """Return the paths of all files in the folder ``prefix`` and below, relative to this storage, sorted."""
+        """Return the paths of all files in the folder ``prefix`` and below, relative to this storage, sorted.
+
+        Links of a local folder are followed; one that leads back to where it came from ends there.
+        """
         return sorted(self._backend.list(_checked(prefix) if prefix else ""))
 
     def stamps(self, folder: str = "") -> dict[str, FileStamp]:

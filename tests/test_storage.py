@@ -261,6 +261,40 @@ def test_an_address_that_cannot_be_meant_is_refused_without_its_secret(address: 
     assert "secret@" not in str(refusal.value)
 
 
+def test_linked_folders_are_listed_with_their_films_and_loops_end(tmp_path: Path) -> None:
+    storage, elsewhere = open_storage(tmp_path / "root"), open_storage(tmp_path / "elsewhere")
+    for place, path in ((storage, "a/1"), (elsewhere, "2"), (elsewhere, "deep/3")):
+        place.write_bytes(path, b"")
+    (tmp_path / "root/a/site").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/b").symlink_to("a")  # the same films by another way are other paths
+    (tmp_path / "root/file").symlink_to(tmp_path / "elsewhere/2")
+    for place, link, target in (
+        ("root/a", "up", ".."),
+        ("root/a", "here", "."),
+        ("elsewhere/deep", "back", tmp_path / "root"),
+        ("elsewhere/deep", "above", tmp_path),
+        ("root", "nowhere", tmp_path / "absent"),
+    ):
+        (tmp_path / place / link).symlink_to(target)
+    seen = ["a/1", "a/site/2", "a/site/deep/3", "b/1", "b/site/2", "b/site/deep/3", "file"]
+    assert [path for path in storage.list() if path != "nowhere"] == seen
+    assert storage.list("b") == ["b/1", "b/site/2", "b/site/deep/3"]
+    assert [storage.read_bytes(path) for path in seen] == [b""] * len(seen)
+
+
+def test_deleting_a_tree_leaves_what_its_links_point_to(tmp_path: Path) -> None:
+    storage, elsewhere = open_storage(tmp_path / "root"), open_storage(tmp_path / "elsewhere")
+    storage.write_bytes("a/1", b"")
+    elsewhere.write_bytes("2", b"kept")
+    (tmp_path / "root/a/site").symlink_to(tmp_path / "elsewhere")
+    storage.delete_tree("a")
+    assert (storage.list(), elsewhere.read_bytes("2")) == ([], b"kept")
+    (tmp_path / "root/b").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StudyError, match="symbolic link"):
+        storage.delete_tree("b")
+    assert elsewhere.read_bytes("2") == b"kept"
+
+
 # --- pyarrow's other file systems ---
 
 

@@ -320,6 +320,12 @@ def test_folder_names_give_the_findings_and_headers_the_patients(folder: Path) -
     assert [names(m) for m in rows["found"]] == [["no_finding"], ["pneumonia"], ["pneumonia"]]
 
 
+def test_films_of_a_linked_folder_are_read_too(folder: Path) -> None:
+    folder.joinpath("pneumonia").rename(folder.parent / "site2")
+    (folder / "pneumonia").symlink_to(folder.parent / "site2")
+    assert read(folder).rows["image_id"].tolist() == ["H1/normal/c.dcm", "H1/pneumonia/a.dcm", "H1/pneumonia/b.dcm"]
+
+
 def test_headers_that_are_longer_than_the_first_read_are_read_whole(folder: Path) -> None:
     long = film(PatientID="a", ViewPosition="PA", ImageComments="x" * 10_000)
     long.add_new((0x0009, 0x0010), "LO", "vendor")

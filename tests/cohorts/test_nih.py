@@ -30,6 +30,7 @@ def write(
     root: Path, name: str = "Data_Entry_2017_v2020.csv", header: str = HEADER, end: str = "", **more: str
 ) -> None:
     lines = [f"{image},{line}{end}" for image, line in {**LINES, **more}.items()]
+    root.mkdir(exist_ok=True)
     (root / name).write_text("\n".join([header, *lines]) + "\n")
 
 
@@ -82,6 +83,15 @@ def test_films_are_found_by_base_name_in_any_tree(tmp_path: Path) -> None:
     (tmp_path / "00000001_000.png").touch()
     with pytest.raises(StudyError, match=r"00000001_000\.png is there twice"):
         read(tmp_path)
+
+
+def test_films_behind_a_link_are_found(tmp_path: Path) -> None:
+    write(tmp_path / "table")
+    (tmp_path / "films").mkdir()
+    for name in LINES:
+        (tmp_path / "films" / name).touch()
+    (tmp_path / "table" / "images").symlink_to(tmp_path / "films")
+    assert read(tmp_path / "table").rows["uri"].tolist() == [f"{tmp_path}/table/images/{name}" for name in LINES]
 
 
 def test_official_lists_give_the_test_split_and_divide_the_rest(tmp_path: Path) -> None:
