@@ -2,7 +2,8 @@
 
 A ``Storage`` is an address (it can be pickled, forked and compared); the connection behind it is opened on first use in
 each process.  Paths are relative, with forward slashes, and may not leave the root.  Whole files appear at once or not
-at all; a missing file is a ``FileNotFoundError``, everything else that goes wrong is a ``StudyError`` with its remedy.
+at all (``write_bytes`` says where not quite); a missing file is a ``FileNotFoundError``, everything else that goes
+wrong is a ``StudyError`` with its remedy.
 """
 
 from __future__ import annotations
@@ -71,7 +72,11 @@ class Storage:
         return self._backend.read_head(_checked(path), size)
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Write a whole file: it is seen complete or not at all, also after a crash."""
+        """Write a whole file: it is seen complete or not at all, also after a crash.
+
+        On pyarrow's other file systems (which can hold originals but no study, for want of a lock) this is as good as
+        the service: gs:// publishes an object when it is closed, abfs:// and hdfs:// may show a shorter one until then.
+        """
         self._backend.write(_checked(path), data)
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
@@ -201,6 +206,8 @@ class Storage:
 def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float | None = None) -> Storage:
     """Return the storage of a local path (relative ones from the current folder), ``s3://…`` or a pyarrow.fs URI.
 
+    ``gs://anonymous@bucket/…`` is a public bucket, which is asked without credentials.
+
     Raises
     ------
     StudyError : an address that cannot be understood, or one that carries credentials.
@@ -213,7 +220,8 @@ def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float | None = N
         return Storage(os.path.abspath(Path(text).expanduser()), retry_seconds)  # no ".." is left in it
     parts = urlsplit(text)
     text = parts.scheme + text[len(parts.scheme) :]  # S3://bucket is s3://bucket
-    if parts.password or parts.query or (parts.username and parts.scheme in _NAMES_NO_USER):
+    public = parts.scheme in ("gs", "gcs") and parts.netloc.startswith("anonymous@")  # pyarrow's form, no secret
+    if parts.password or parts.query or (parts.username and parts.scheme in _NAMES_NO_USER and not public):
         raise StudyError(
             "a storage address may hold no credentials and no options",
             where=f"{parts.scheme}://…@{parts.hostname}{parts.path}",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import obstore
 import pyarrow as pa
 import pyarrow.fs
 import pytest
@@ -261,6 +262,19 @@ def test_an_address_that_cannot_be_meant_is_refused_without_its_secret(address: 
     assert "secret@" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("scheme", ["gs", "gcs"])
+def test_a_public_bucket_of_google_is_opened_without_credentials(scheme: str) -> None:
+    assert open_storage(f"{scheme}://anonymous@bucket/films").uri == f"{scheme}://anonymous@bucket/films"
+    root, folder, name = locate(f"{scheme}://anonymous@bucket/films/a.png")
+    assert (root.uri, folder, name) == (f"{scheme}://anonymous@bucket", "films", "a.png")
+    assert root.filesystem()[1] == "bucket"  # opened, not asked
+    for user in ("someone", "anonymous:secret", "Anonymous"):
+        with pytest.raises(StudyError, match="no credentials"):
+            open_storage(f"{scheme}://{user}@bucket/films")
+    with pytest.raises(StudyError, match="no credentials"):
+        open_storage("s3://anonymous@bucket/films")
+
+
 def test_linked_folders_are_listed_with_their_films_and_loops_end(tmp_path: Path) -> None:
     storage, elsewhere = open_storage(tmp_path / "root"), open_storage(tmp_path / "elsewhere")
     for place, path in ((storage, "a/1"), (elsewhere, "2"), (elsewhere, "deep/3")):
@@ -400,6 +414,19 @@ def check_that_nothing_is_lost(storage: Storage, go: Callable[[], None], come_ba
         writing.result()
     assert waiting == [True] * 3
     assert storage.list() == ["before", "during", "lock"]
+
+
+def test_the_head_of_a_film_is_one_request(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(s3_bucket)
+    storage.write_bytes("film", b"header and pixels")
+    asked: list[str] = []
+    for name in ("get", "head"):
+        real = getattr(obstore, name)
+        monkeypatch.setattr(
+            obstore, name, lambda *given, name=name, real=real, **more: asked.append(name) or real(*given, **more)
+        )
+    assert storage.read_head("film", 6) == b"header"
+    assert asked == ["get"]
 
 
 def test_a_server_that_goes_and_comes_back_loses_nothing(
