@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Literal, Protocol
 
 from raystudy.config import Experiment
 from raystudy.errors import DamagedFileError, StudyError
-from raystudy.orchestrate.assignment import STOPPED, Work, clear_stop
+from raystudy.orchestrate.assignment import Work, clear_stop
 from raystudy.orchestrate.changes import describe_changes
 from raystudy.orchestrate.cluster import run_on_ray
 from raystudy.orchestrate.films import Films, plan_readable, prepare_films
@@ -24,7 +25,7 @@ from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.phantoms import write_phantom_originals
 from raystudy.orchestrate.plain import run_plain
-from raystudy.orchestrate.plan import PlannedTrial, StudyPlan, plan_study
+from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.progress import Display, Silent, display
 from raystudy.orchestrate.search import SearchBook, search_experiment
 from raystudy.orchestrate.session import connect
@@ -72,8 +73,11 @@ def run(
         print("interrupted; run the same command again to go on")
     elif outcome.failures:
         print("the rest of the study is done; try again with `raystudy run EXPERIMENT --only failed`")
-    else:
+    elif "finished" in outcome.states.values():
         _say_where(experiment, Study(storage.child(experiment.name)))
+    else:
+        states = ", ".join(f"{n} {state}" for state, n in Counter(outcome.states.values()).items())
+        print(f"no trial is finished, so there is no report: {states}; `raystudy status EXPERIMENT` tells why")
     return outcome.exit_code
 
 
@@ -148,7 +152,7 @@ def run_study(
             shown.say(line)
         ledger.write_plan()
         ledger.prepare_trials(todo.involved)
-        outcome = Outcome({t.trial_id: _state(ledger, t) for t in asked.trials})
+        outcome = Outcome({t.trial_id: ledger.state(t) for t in asked.trials})
         shown.say(_overview(asked, study, todo))
         if book is not None and (note := book.left_out()):
             shown.say(note)
@@ -193,11 +197,6 @@ def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, ad
             else:
                 run_on_ray(run, plan.experiment.resources, session)
         run.outcome.interrupted = run.stop()
-
-
-def _state(ledger: Ledger, trial: PlannedTrial) -> str:
-    names = ledger.files(trial)
-    return "finished" if "result.json" in names else "stopped" if STOPPED in names else "waiting"
 
 
 def _overview(plan: StudyPlan, study: Study, todo: Todo) -> str:

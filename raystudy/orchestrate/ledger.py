@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -37,6 +38,7 @@ class Ledger:
     plan: StudyPlan
     rows: dict[str, TrialRows] = field(default_factory=dict[str, TrialRows])
     _files: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+    _ended: dict[str, str] = field(default_factory=dict[str, str])  # status of every result
 
     def open(self) -> None:
         """Read what is there, and check what is finished: damaged explanations count as missing.
@@ -75,16 +77,19 @@ class Ledger:
         missing: list[tuple[PlannedTrial, Job]] = []
         for trial in self.plan.trials:
             names = self.files(trial)
-            if "result.json" not in names or not trial.explain.enabled:
+            if self.state(trial) != "finished" or not trial.explain.enabled:
                 continue
             for job in JOBS:
                 folder = job_directory(job, trial.explain)
                 if f"{folder}/done.json" not in names and (not only_failed or f"{folder}/{FAILED}" in names):
                     missing.append((trial, job))
-        if missing:
-            finished = {t for t, result in self._statuses({t.trial_id for t, _ in missing}) if result == "finished"}
-            missing = [(trial, job) for trial, job in missing if trial.trial_id in finished]
         return missing
+
+    def state(self, trial: PlannedTrial) -> str:
+        """Return how a trial ended (``finished``, ``diverged``, ``stopped``) as of ``open``, or ``waiting``."""
+        if trial.trial_id in self._ended:
+            return self._ended[trial.trial_id]
+        return "stopped" if STOPPED in self.files(trial) else "waiting"
 
     def films_known(self) -> bool:
         """Whether the report finds the films of what is finished."""
@@ -128,9 +133,11 @@ class Ledger:
     def _check_finished(self, trial: PlannedTrial) -> None:
         """Look at every byte of a finished trial (object storage looks after its models itself)."""
         directory, names = self.study.trial(trial.trial_id), self.files(trial)
-        if _is_stand_in(directory):
+        stand_in = _stand_in(directory)
+        result = stand_in or read_result(directory) or {}
+        self._ended[trial.trial_id] = str(result.get("status"))
+        if stand_in:
             return
-        read_result(directory)
         for name in damaged_files(directory, left_out=() if directory.is_local else (MODEL,)):
             what = "the file is missing, or does not match its checksum"
             raise DamagedFileError(what, where=directory.address(name), remedy=REMEDIES[RESULT])
@@ -139,13 +146,6 @@ class Ledger:
             done = f"{job_directory(job, trial.explain)}/{DONE}"
             if done in names and not explained(job, directory, trial.explain):
                 names.discard(done)
-
-    def _statuses(self, trial_ids: set[str]) -> list[tuple[str, str]]:
-        def status(trial_id: str) -> tuple[str, str]:
-            return trial_id, str(self.study.trial(trial_id).read_json("result.json").get("status"))
-
-        with ThreadPoolExecutor(WRITERS) as pool:
-            return list(pool.map(status, sorted(trial_ids)))
 
     def _write_rows(self, path: str, content: bytes) -> None:
         storage = self.study.storage
@@ -157,12 +157,13 @@ class Ledger:
         storage.write_bytes(path, content)
 
 
-def _is_stand_in(directory: Storage) -> bool:
-    """Whether something else than a trial wrote the result: it has neither schema nor checksum."""
+def _stand_in(directory: Storage) -> dict[str, Any] | None:
+    """Return a result that something else than a trial wrote: it has neither schema nor checksum."""
     try:
-        return not {"schema", "checksum"} & set(directory.read_json(RESULT))
+        result = dict(directory.read_json(RESULT))
     except (ValueError, TypeError):
-        return False
+        return None
+    return None if {"schema", "checksum"} & result.keys() else result
 
 
 def _name(job: Job, trial: PlannedTrial) -> str:

@@ -56,7 +56,6 @@ class ReportData:
     experiment: dict[str, Any]
     status: StudyStatus
     trials: tuple[FinishedTrial, ...]
-    diverged: tuple[str, ...]
     accuracy: pd.DataFrame
     mixtures: pd.DataFrame
     reliance: pd.DataFrame
@@ -83,16 +82,22 @@ def read_report_data(study: Study) -> ReportData:
     """
     files, jobs = study.files(), study.plan().get("explain", {})
     trials: list[FinishedTrial] = []
-    diverged: list[str] = []
+    n_diverged = 0
     for trial_id, spec, result in study.finished():
         if result["status"] != "finished":
-            diverged.append(trial_id)
+            n_diverged += 1
             continue
         wanted, names = jobs.get(trial_id, {}), files.get(trial_id, set())
         done = {job: folder for job, folder in wanted.items() if f"explain/{folder}/done.json" in names}
         places = {job: sealed(study.trial(trial_id).child("explain", folder), DONE) for job, folder in done.items()}
         prototypes, faithfulness = places.get("prototypes"), places.get("faithfulness")
         trials.append(FinishedTrial(trial_id, spec, result, prototypes, faithfulness, len(done) == len(wanted)))
+    if not trials and n_diverged:
+        raise StudyError(
+            f"no trial of this study is finished, so there is nothing to report: {n_diverged} diverged",
+            where=study.storage.uri,
+            remedy="`raystudy status EXPERIMENT` tells when; lower the learning rates and run again",
+        )
     if not trials:
         raise StudyError(
             "no trial of this study is finished, so there is nothing to report",
@@ -113,7 +118,6 @@ def read_report_data(study: Study) -> ReportData:
         experiment,
         study.status(),
         tuple(trials),
-        tuple(diverged),
         accuracy_table(predictions, seed),
         mixture_table(predictions, seed),
         reliance_table(predictions, seed),

@@ -15,7 +15,7 @@ import pytest
 
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import Work, write_stop
-from raystudy.orchestrate.driver import Executor, Outcome, run_study
+from raystudy.orchestrate.driver import Executor, Outcome, _report, run, run_study
 from raystudy.orchestrate.explain import Explainer, ExplainJob
 from raystudy.orchestrate.films import plan_readable, prepare_films
 from raystudy.orchestrate.ledger import Ledger
@@ -240,6 +240,36 @@ def test_an_explanation_ends_when_another_driver_takes_the_study_over(films: Pat
     study.storage.write_json("lock.json", {"token": "another"})
     assert ends("mine") == "interrupted"
     assert ends("another") == "finished"
+
+
+def test_a_diverged_trial_is_marked_not_tried_again_and_in_the_report(films: Path, place: Path) -> None:
+    wild = ["mixtures=[50]", "axes={training.lr_add_on: [3e-3, 1e30]}", "explain.enabled=false"]
+    plan, root = planned(films, place, wild)
+    study = Study(root.child("tiny"))
+    first = run_study(plan, root, report=_report)
+    assert (first.exit_code, list(first.states.values())) == (0, ["finished", "diverged"])
+    tame, lost = study.status().trials
+    assert (tame.state, lost.state, lost.message) == ("finished", "diverged", "the loss is not finite in epoch 2")
+    page = study.storage.read_bytes("report/index.html").decode()
+    assert "1 diverged" in page
+    assert lost.message in page
+    again = run_study(plan, root, report=_report)
+    assert (again.trained, again.states) == (0, first.states)
+    events = [e["event"] for e in study.trial(lost.trial_id).read_events("events")]
+    assert (events.count("started"), events.count("diverged"), events.count("retry")) == (1, 1, 0)
+
+
+def test_a_study_of_which_every_trial_diverged_ends_and_says_so(
+    films: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = tiny.experiment(
+        films, place, ["mixtures=[50]", "training.lr_backbone=1e30", "training.lr_add_on=1e30"]
+    )
+    for _ in range(2):
+        assert run(experiment) == 0
+        out = capsys.readouterr().out
+        assert "no trial is finished, so there is no report: 1 diverged" in out
+        assert "open the report" not in out
 
 
 def test_a_second_driver_is_refused(films: Path, tmp_path: Path) -> None:
