@@ -76,11 +76,11 @@ def connect(
         that others reach and that asks nobody for a token.
     """
     check_ray_version(installed_ray(), "this machine")
+    address = address or os.environ.get("RAY_ADDRESS") or None
     if ray.is_initialized():
         yield _describe(address is None, None)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = address or os.environ.get("RAY_ADDRESS") or None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         n_cpus = cpus or len(os.sched_getaffinity(0))

@@ -1,8 +1,10 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import ray
 import ray.exceptions
 
 from raystudy.config import Resources
@@ -10,7 +12,7 @@ from raystudy.errors import StudyError
 from raystudy.orchestrate import slot
 from raystudy.orchestrate.access import token
 from raystudy.orchestrate.cluster import placement_of
-from raystudy.orchestrate.session import Session, check_address
+from raystudy.orchestrate.session import Session, check_address, connect
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,22 @@ def test_run_names_an_address_where_nobody_is_and_ends_with_2(tmp_path: Path) ->
     assert "nobody answers" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "studies" / "tiny" / "lock.json").exists()
+
+
+NESTED = """
+from raystudy.orchestrate.session import connect
+with connect() as outer, connect() as inner:
+    print(outer.local, inner.local)
+"""
+
+
+def test_a_second_connection_of_a_submitted_job_is_no_machine_of_its_own_either(ray_local: None) -> None:
+    address = ray.get_runtime_context().gcs_address
+    command, environment = [sys.executable, "-c", NESTED], {**os.environ, "RAY_ADDRESS": address}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+    with connect() as own:
+        assert own.local
 
 
 def test_memory_that_ran_out_is_waited_for_longer_each_time_and_a_broken_rule_is_final() -> None:
