@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from raystudy.checkpoint import Checkpoints
 from raystudy.errors import DamagedFileError
 from raystudy.explanation import JOBS, Job, explained, job_directory
 from raystudy.orchestrate.assignment import FAILED, RETRIED, STOPPED, Rows, TrialRows
@@ -41,7 +42,7 @@ class Ledger:
     _ended: dict[str, str] = field(default_factory=dict[str, str])  # status of every result
 
     def open(self) -> None:
-        """Read what is there, and check what is finished: damaged explanations count as missing.
+        """Read what is there, and check what is finished: damaged explanations count as missing, checkpoints go.
 
         Raises
         ------
@@ -142,6 +143,8 @@ class Ledger:
             what = "the file is missing, or does not match its checksum"
             raise DamagedFileError(what, where=directory.address(name), remedy=REMEDIES[RESULT])
         keep_spec(directory, trial.spec)
+        if any(n.startswith("checkpoint/") for n in names):  # its worker died before it cleared them
+            Checkpoints(directory.child("checkpoint"), trial.spec.fingerprint()).clear()
         for job in JOBS:
             done = f"{job_directory(job, trial.explain)}/{DONE}"
             if done in names and not explained(job, directory, trial.explain):

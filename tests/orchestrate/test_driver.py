@@ -272,6 +272,27 @@ def test_a_study_of_which_every_trial_diverged_ends_and_says_so(
         assert "open the report" not in out
 
 
+def test_checkpoints_of_a_finished_trial_go_where_its_driver_died_before_it_cleared_them(
+    films: Path, place: Path
+) -> None:
+    bare = ["explain.enabled=false"]
+    run_tiny(films, place, ["mixtures=[50]", *bare], executor="plain")
+    plan, root = planned(films, place, ["mixtures=[0, 50]", *bare])
+    study = Study(root.child("tiny"))
+    begun, finished = (study.trial(t.trial_id) for t in plan.trials)
+    for directory in (begun, finished):
+        directory.write_bytes("checkpoint/000001.json", b"{}")
+        directory.write_bytes("checkpoint/state-000001-abc.safetensors", b"tensors")
+    Ledger(study, plan).open()
+    assert finished.list("checkpoint") == []
+    assert len(begun.list("checkpoint")) == 2
+    finished.write_bytes("checkpoint/000001.json", b"{}")
+    finished.write_bytes("result.json", finished.read_bytes("result.json")[:-9])
+    with pytest.raises(StudyError, match="result is damaged"):
+        Ledger(study, plan).open()
+    assert finished.list("checkpoint") == ["checkpoint/000001.json"]
+
+
 def test_a_second_driver_is_refused(films: Path, tmp_path: Path) -> None:
     plan, root = planned(films, tmp_path)
     with locked(root.child("tiny")), pytest.raises(StudyError, match="another driver"):
