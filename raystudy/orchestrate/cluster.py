@@ -58,6 +58,7 @@ def run_on_ray(run: Run, resources: Resources, session: Session) -> None:
         for news in explainer.poll(trials_running=not ended):
             watch.explanation(news)
             run.outcome.explained += news.state == "finished"
+            run.outcome.interrupted |= news.state == "interrupted"
         watch.explain_running = explainer.running
         watch.tick(explainer.queue)
         if ended and not explainer.queue:

@@ -196,7 +196,7 @@ def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, ad
                 run_plain(run)
             else:
                 run_on_ray(run, plan.experiment.resources, session)
-        run.outcome.interrupted = run.stop()
+        run.outcome.interrupted |= run.stop() or "interrupted" in run.outcome.states.values()
 
 
 def _overview(plan: StudyPlan, study: Study, todo: Todo) -> str:

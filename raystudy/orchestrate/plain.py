@@ -50,6 +50,7 @@ def _explain(run: Run, trial: PlannedTrial, job: Job) -> None:
         return
     done = explain(job, _assignment(run, trial), run.films.array(trial), trial.explain, run.stop)
     run.outcome.explained += done == "finished"
+    run.outcome.interrupted |= done == "interrupted"
 
 
 def _assignment(run: Run, trial: PlannedTrial) -> Assignment:

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from raystudy.errors import StudyError
-from raystudy.orchestrate.assignment import Work, write_stop
+from raystudy.orchestrate.assignment import Status, Work, write_stop
 from raystudy.orchestrate.driver import Executor, Outcome, _report, run, run_study
 from raystudy.orchestrate.explain import Explainer, ExplainJob
 from raystudy.orchestrate.films import plan_readable, prepare_films
@@ -291,6 +291,15 @@ def test_checkpoints_of_a_finished_trial_go_where_its_driver_died_before_it_clea
     with pytest.raises(StudyError, match="result is damaged"):
         Ledger(study, plan).open()
     assert finished.list("checkpoint") == ["checkpoint/000001.json"]
+
+
+def test_a_trial_that_was_interrupted_is_an_interrupted_run_however_late_the_wish_is_seen(
+    films: Path, place: Path
+) -> None:
+    def interrupted(*told: object) -> Status:
+        return "interrupted"
+
+    assert run_tiny(films, place, work=interrupted, executor="plain").exit_code == 130
 
 
 def test_a_second_driver_is_refused(films: Path, tmp_path: Path) -> None:
