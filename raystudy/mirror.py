@@ -77,7 +77,9 @@ class Mirror:
             return False
         except (*UNAVAILABLE, StudyError) as error:
             self._store, self._failed = None, True  # look at it anew
-            if not self._told:
+            if not self._told and isinstance(error, StudyError):
+                log.warning("the MLflow mirror waits (%s); training goes on", first_line(error))
+            elif not self._told:
                 log.warning("MLflow at %s does not answer (%s); training goes on", self.settings.uri, first_line(error))
             self._told = True
             return False

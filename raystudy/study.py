@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -238,28 +238,30 @@ class Study:
 
     def status(self) -> StudyStatus:
         """Return the state of every trial of the plan."""
-        files, driver, ids = self.files(), self.driver(), self.trial_ids()
+        files, driver, plan = self.files(), self.driver(), self.plan()
+        ids, jobs = list(plan["trials"]), plan.get("explain", {})
 
         def look(trial_id: str) -> TrialStatus:
-            return self._trial_status(trial_id, files.get(trial_id, set()), driver is not None)
+            return self._trial_status(trial_id, files.get(trial_id, set()), jobs.get(trial_id, {}), driver is not None)
 
         with ThreadPoolExecutor(16) as pool:  # for storage that answers late; a local folder is quicker without
             trials = tuple(map(look, ids) if self.storage.is_local else pool.map(look, ids))
         counts = {state: sum(t.state == state for t in trials) for state in STATES}
         return StudyStatus(self.name, self.storage.uri, trials, driver, counts)
 
-    def _trial_status(self, trial_id: str, names: set[str], driver_alive: bool) -> TrialStatus:
+    def _trial_status(self, trial_id: str, names: set[str], jobs: Mapping[str, str], driver_alive: bool) -> TrialStatus:
         directory = self.trial(trial_id)
         explained = tuple(
             sorted(n.split("/")[1] for n in names if n.startswith("explain/") and n.endswith("done.json"))
         )
         if "result.json" in names:
-            return _ended(trial_id, directory, explained)
+            lacking = [f"explanation {job} failed: {said}" for job, said in failures(directory, names, jobs).items()]
+            return _ended(trial_id, directory, explained, "; ".join(lacking))
         if "stopped.json" in names:
-            mark = _mark(directory, "stopped.json")
+            mark = read_mark(directory, "stopped.json")
             return TrialStatus(trial_id, "stopped", epoch=int(mark["epoch"]), val_accuracy=float(mark["value"]))
         if "failed.json" in names:
-            return TrialStatus(trial_id, "failed", message=str(_mark(directory, "failed.json").get("error", "")))
+            return TrialStatus(trial_id, "failed", message=str(read_mark(directory, "failed.json")["error"]))
         events = directory.read_events("events") if any(n.split("/")[0] == "events" for n in names) else []
         events = [e for e in events if isinstance(e.get("event"), str) and isinstance(e.get("time"), int | float)]
         if not events:
@@ -276,7 +278,7 @@ def _format_of(data: bytes) -> int:
     return version if isinstance(version, int) else 0
 
 
-def _ended(trial_id: str, directory: Storage, explained: tuple[str, ...]) -> TrialStatus:
+def _ended(trial_id: str, directory: Storage, explained: tuple[str, ...], message: str) -> TrialStatus:
     try:
         result = _outline(directory)
         if result["status"] == "diverged":
@@ -285,22 +287,44 @@ def _ended(trial_id: str, directory: Storage, explained: tuple[str, ...]) -> Tri
     except (KeyError, TypeError, AttributeError):
         read_result(directory)  # names it, with its remedy
         raise
-    return TrialStatus(trial_id, "finished", "done", val_accuracy=accuracy, explained=explained)
+    return TrialStatus(trial_id, "finished", "done", val_accuracy=accuracy, explained=explained, message=message)
 
 
-def _mark(directory: Storage, name: str) -> dict[str, Any]:
-    """Return failed.json or stopped.json.
+def read_mark(directory: Storage, path: str) -> dict[str, Any]:
+    """Return failed.json (``error``) of a trial or explanation, or stopped.json (``epoch``, ``value``) of a trial.
 
     Raises
     ------
     DamagedFileError : it is not what was written.
     """
-    mark = directory.read_json(name)
-    wanted = {"failed.json": {"error"}, "stopped.json": {"epoch", "value"}}[name]
-    if not isinstance(mark, dict) or not wanted <= mark.keys():
-        remedy = "delete this file and run again: the trial then goes on"
-        raise DamagedFileError("the file is damaged", where=directory.address(name), remedy=remedy)
+    data = directory.read_bytes(path)
+    wanted = {"failed.json": {"error"}, "stopped.json": {"epoch", "value"}}[path.rsplit("/", 1)[-1]]
+    try:
+        mark = json.loads(data)
+        mark = open_sealed(data) if "checksum" in mark else mark  # an earlier raystudy wrote no seal
+        whole = wanted <= mark.keys()
+    except (ValueError, TypeError, AttributeError):
+        mark, whole = {}, False
+    if not whole:
+        remedy = "delete this file and run again: what was ended then goes on"
+        raise DamagedFileError("the file is damaged", where=directory.address(path), remedy=remedy)
     return mark
+
+
+def failures(directory: Storage, names: set[str], jobs: Mapping[str, str]) -> dict[str, str]:
+    """Return what failed of a trial that has these files, and why: ``""`` is its training, else an explanation job.
+
+    Parameters
+    ----------
+    jobs : explanation job -> name of its folder, as the plan has them.
+
+    Raises
+    ------
+    DamagedFileError : a mark is not what was written.
+    """
+    marks = {"": "failed.json"} if "result.json" not in names else {}
+    marks |= {job: f"explain/{key}/failed.json" for job, key in jobs.items() if f"explain/{key}/done.json" not in names}
+    return {job: str(read_mark(directory, path)["error"]) for job, path in marks.items() if path in names}
 
 
 def _outline(directory: Storage) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from raystudy.config import Tracking
 from raystudy.errors import DamagedFileError, StudyError
 from raystudy.results import DONE, read_result, read_sealed, sealed, write_sealed
 from raystudy.storage import EVENT_READERS, Storage
-from raystudy.study import Study
+from raystudy.study import Study, failures, read_mark
 from raystudy.tracking_values import (
     MOST_NUMBERS,
     Number,
@@ -57,6 +57,8 @@ OPENS_AS = {"mlflow.experimentKind": "custom_model_development"}  # the page of 
 EVENTS_A_BATCH = 1000 // MOST_NUMBERS  # MLflow takes 1,000 metrics a request
 PARAMS_A_BATCH = 100
 STUDY, TRIAL, STARTED = "raystudy.study", "raystudy.trial_id", "raystudy.started"  # tags that name a run
+ERROR = "raystudy.error"  # a tag: why the trial failed; raystudy.error.JOB: why its explanation did
+FAILED = "failed.json"
 PARENT = "mlflow.parentRunId"
 PRIVATE = ("report/figures/films", "report/index.html")  # of the report: what shows films
 
@@ -195,7 +197,8 @@ class Store:
     """One MLflow store as seen from one study: its runs by tag, and what has been sent.
 
     A trial's run is named by study, trial and the time of its first event: a trial that was deleted and trained anew
-    has a run of its own, and one whose creation timed out is found again.
+    has a run of its own, and one whose creation timed out is found again.  A trial that failed before its first event
+    has a run without that time, which it keeps when it begins.
     """
 
     def __init__(self, study: Study, settings: Tracking, line: Line) -> None:
@@ -210,7 +213,7 @@ class Store:
         self.began: dict[str, int] = {}  # when a trial's first event was written, in ms
         self.runs: dict[tuple[str, str], str] = {}
         self.parents: dict[str, str | None] = {}  # of the runs that were found
-        self.statuses: dict[str, str] = {}  # of the same
+        self.found: dict[str, tuple[str, dict[str, str]]] = {}  # status and tags of the same
         self._find_runs()
 
     def _experiment(self, name: str) -> str:
@@ -237,7 +240,7 @@ class Store:
             else:
                 self.runs[name] = run.info.run_id
                 self.parents[run.info.run_id] = run.data.tags.get(PARENT)
-                self.statuses[run.info.run_id] = run.info.status
+                self.found[run.info.run_id] = (run.info.status, run.data.tags)
         self.live = set(self.runs.values())
 
     def _list_runs(self) -> Iterator[Any]:
@@ -252,15 +255,27 @@ class Store:
             if not token:
                 return
 
-    def run(self, trial_id: str, started: int | None = None) -> str:
-        """Return the run of a trial ("" = the study's own), made when no run has its name."""
+    def run(self, trial_id: str, started: int | None = None, failed_at: int | None = None) -> str:
+        """Return the run of a trial ("" = the study's own), made when no run has its name.
+
+        Parameters
+        ----------
+        started : when the trial's first event was written, in ms; None: it has none, and failed at ``failed_at``.
+        """
         name = (trial_id, str(started or ""))
+        if name not in self.runs and started and (trial_id, "") in self.runs:  # it failed before it began; now it has
+            self.runs[name] = self.runs.pop((trial_id, ""))
+            self.ask(self.client.set_tag, self.runs[name], STARTED, name[1])
         if name not in self.runs:  # after a failure the store is looked at anew, so a timed out creation was found
             tags = {STUDY: self.study.name, TRIAL: name[0], STARTED: name[1]}
             if trial_id:
                 tags[PARENT] = self.run("")
             made = self.ask(
-                self.client.create_run, self.experiment_id, started, tags, run_name=trial_id or self.study.name
+                self.client.create_run,
+                self.experiment_id,
+                started or failed_at,
+                tags,
+                run_name=trial_id or self.study.name,
             )
             self.runs[name] = made.info.run_id
             self.live.add(made.info.run_id)
@@ -273,8 +288,7 @@ class Store:
             plan, files = self.study.plan(), self.study.files()
             self._look_when_they_began({t: files.get(t, set()) for t in plan["trials"]})
             for trial_id in plan["trials"]:
-                explained = plan.get("explain", {}).get(trial_id, {}).get("faithfulness")
-                self._sync_trial(trial_id, files.get(trial_id, set()), explained)
+                self._sync_trial(trial_id, files.get(trial_id, set()), plan.get("explain", {}).get(trial_id, {}))
             if final:
                 self._sync_study(_study_status([files.get(t, set()) for t in plan["trials"]]))
         finally:
@@ -288,31 +302,34 @@ class Store:
             firsts = pool.map(lambda t: self.study.trial(t).first_event("events"), begun)
             self.began |= {t: event_time(first) for t, first in zip(begun, firsts, strict=True) if first is not None}
 
-    def _sync_trial(self, trial_id: str, names: set[str], explained: str | None) -> None:
+    def _sync_trial(self, trial_id: str, names: set[str], jobs: dict[str, str]) -> None:
         sent, started = self.sent.get(trial_id, {}), self.began.get(trial_id)
         if sent.get("run") not in self.live or (started is not None and sent["started"] != started):
             sent = {}  # nothing was sent, somebody deleted the run, or the trial was deleted and trained anew
-        if "spec.json" not in names or not _has_events(names):
+        if "spec.json" not in names or not (_has_events(names) or FAILED in names):
             return
-        done = f"explain/{explained}/done.json"
+        directory, explained = self.study.trial(trial_id), jobs.get("faithfulness")
+        failed, done = failures(directory, names, jobs), f"explain/{explained}/done.json"
         if sent.get("result") and (done not in names or explained == sent.get("faithfulness")):
+            self._send_failures(failed, sent)
             return
-        directory = self.study.trial(trial_id)
         if not sent:
-            if started is None:  # its first event is damaged
-                readable = directory.read_events("events")[:1]
-                if not readable:
+            if started is None:  # its first event is damaged, or it failed before it wrote one
+                readable = directory.read_events("events")[:1] if _has_events(names) else []
+                if not readable and FAILED not in names:
                     return
-                started = event_time(readable[0])
-            run = self.run(trial_id, started)
-            sent = {"run": run, "started": started, "events": 0, "position": [-1, 0, 0]}
-            sent["status"] = self.statuses.get(run, "RUNNING")
+                started = event_time(readable[0]) if readable else None
+            run = self.run(trial_id, started, _failed_at(directory) if started is None else None)
+            status, tags = self.found.get(run, ("RUNNING", {}))
+            sent = {"run": run, "started": started, "events": 0, "position": [-1, 0, 0], "status": status}
+            sent["failed"] = {k.removeprefix(ERROR)[1:]: v for k, v in tags.items() if k.startswith(ERROR)}
         self.sent[trial_id] = sent
         run = sent["run"]
         if "params" not in sent:
             self._send_parameters(run, parameters(directory.read_json("spec.json")))
             sent["params"] = True
         self._send_events(run, directory, names, sent)
+        self._send_failures(failed, sent)
         if "result.json" in names and not sent.get("result"):
             self._send_result(run, directory, sent["ended"])
             sent["result"] = True
@@ -342,7 +359,20 @@ class Store:
         when, last = sent.get("last", [0, ""])
         if "result.json" in names:
             when = sent["ended"] = _written(directory, "result.json")
+        elif FAILED in names:
+            when = _failed_at(directory) or when
         self._set_status(run, _run_status(names, last), when, sent)
+
+    def _send_failures(self, failed: dict[str, str], sent: dict[str, Any]) -> None:
+        """Tag a run with what failed of its trial, and why; take away what has been mended."""
+        for what in sorted({*failed, *sent["failed"]}):
+            tag = f"{ERROR}.{what}".rstrip(".")
+            if what not in failed:
+                if tag in self.ask(self.client.get_run, sent["run"]).data.tags:
+                    self.ask(self.client.delete_tag, sent["run"], tag)
+            elif sent["failed"].get(what) != failed[what]:
+                self.ask(self.client.set_tag, sent["run"], tag, failed[what])
+        sent["failed"] = failed
 
     def _set_status(self, run: str, status: str, when: int, sent: dict[str, Any]) -> None:
         if sent["status"] == status:
@@ -384,7 +414,7 @@ class Store:
         run = self.run("")
         sent = self.sent.get("", {})
         if sent.get("run") != run:
-            sent = self.sent[""] = {"run": run, "files": {}, "status": self.statuses.get(run, "RUNNING")}
+            sent = self.sent[""] = {"run": run, "files": {}, "status": self.found.get(run, ("RUNNING",))[0]}
         for child, parent in self.parents.items():
             if run not in (child, parent):  # it had a parent that is gone
                 self.ask(self.client.set_tag, child, PARENT, run)
@@ -415,17 +445,22 @@ def _has_events(names: set[str]) -> bool:
 def _run_status(names: set[str], last_event: str) -> str:
     if "result.json" in names:
         return "FAILED" if last_event == "diverged" else "FINISHED"
-    if "failed.json" in names:
+    if FAILED in names:
         return "FAILED"
     return "KILLED" if last_event == "interrupted" else "RUNNING"
 
 
 def _study_status(trials: list[set[str]]) -> str:
     """Return the status of a study whose trials have these files: failed when nothing but failures is left of it."""
-    ended = [names & {"result.json", "stopped.json", "failed.json"} for names in trials]
+    ended = [names & {"result.json", "stopped.json", FAILED} for names in trials]
     if not all(ended):
         return "RUNNING"
-    return "FAILED" if any(names == {"failed.json"} for names in ended) else "FINISHED"
+    return "FAILED" if any(names == {FAILED} for names in ended) else "FINISHED"
+
+
+def _failed_at(directory: Storage) -> int:
+    """Return when a trial failed, in ms; 0 where its mark says nothing of it."""
+    return event_time({"time": 0, **read_mark(directory, FAILED)})
 
 
 def _written(directory: Storage, path: str) -> int:

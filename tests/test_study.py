@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raystudy.errors import StudyError
+from raystudy.errors import DamagedFileError, StudyError
 from raystudy.results import write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
@@ -46,6 +46,24 @@ def test_a_trial_that_a_search_ended_early_is_stopped(tmp_path: Path) -> None:
     status = study.status()
     assert (status.trials[0].state, status.trials[0].val_accuracy) == ("stopped", 55.0)
     assert status.counts["stopped"] == 1
+
+
+@pytest.mark.parametrize("name", ["failed.json", "stopped.json"])
+def test_a_mark_of_an_earlier_raystudy_is_read_and_a_damaged_one_is_named(tmp_path: Path, name: str) -> None:
+    study = study_with(tmp_path)
+    directory = study.trial(TRIAL)
+    directory.delete("result.json")
+    mark = {"error": "told", "epoch": 2, "value": 55.0}
+    directory.write_json(name, mark)
+    assert study.status().trials[0].state == name.removesuffix(".json")
+    write_sealed(directory, name, mark, ())
+    whole = directory.read_bytes(name)
+    assert study.status().trials[0].state == name.removesuffix(".json")
+    for damaged in (whole.replace(b"55.0", b"57.0"), whole.replace(b"told", b"tomd"), whole[:-9], b"[]", b"7", b""):
+        directory.write_bytes(name, damaged)
+        with pytest.raises(DamagedFileError) as refusal:
+            study.status()
+        assert refusal.value.where == directory.address(name)
 
 
 @pytest.mark.parametrize("lock", ["[]", '{"heartbeat": null}', '{"heartbeat": "x"}', "{", "null", "{}"])

@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 import raystudy.mirror
 from raystudy.config import Tracking
 from raystudy.errors import StudyError
 from raystudy.mirror import Mirror
+from raystudy.results import write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
 from raystudy.tracking import check_server, sync_study
@@ -187,6 +189,60 @@ def test_a_damaged_first_event_makes_no_second_run(tiny_study: TinyStudy, tmp_pa
     directory = study.trial(study.trial_ids()[0])
     directory.write_bytes("events", b"?" + directory.read_bytes("events")[1:])
     mirror_all(study, sqlite)
+    assert_mirrored_once(study, sqlite.uri)
+
+
+def run_of(settings: Tracking, trial_id: str) -> Run:
+    (run,) = [r for r in runs(settings.uri, "tiny") if r.data.tags["raystudy.trial_id"] == trial_id]
+    return run
+
+
+def test_a_trial_that_failed_before_its_first_event_is_there_and_goes_on_in_the_same_run(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study = tiny_study.copy(tmp_path)
+    trial_id = study.trial_ids()[0]
+    directory, came = study.trial(trial_id), tiny_study.study.trial(trial_id)
+    directory.delete_tree()
+    directory.write_bytes("spec.json", came.read_bytes("spec.json"))
+    for error in ("ValueError: told", "TypeError: told"):
+        mark = {"error": error, "attempts": 1, "time": 5000.0}
+        write_sealed(directory, "failed.json", mark, ())
+        mirror_all(study, sqlite)
+        run = run_of(sqlite, trial_id)
+        assert (run.info.status, run.info.start_time, run.info.end_time) == ("FAILED", 5_000_000, 5_000_000)
+        assert run.data.tags["raystudy.error"] == error
+        assert run.data.params["task"] == "pneumonia"
+    sync_study(study, sqlite)
+    assert run_of(sqlite, trial_id).info.run_id == run.info.run_id
+    directory.delete("failed.json")
+    shutil.copytree(came.uri, directory.uri, dirs_exist_ok=True)
+    mirror_all(study, sqlite)
+    assert_mirrored_once(study, sqlite.uri)
+    assert run_of(sqlite, trial_id).info.run_id == run.info.run_id
+    assert "raystudy.error" not in run_of(sqlite, trial_id).data.tags
+    sync_study(study, sqlite)
+    assert_mirrored_once(study, sqlite.uri)
+
+
+def test_a_failed_explanation_is_told_until_it_is_made(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
+    study = tiny_study.copy(tmp_path)
+    trial_id = study.trial_ids()[0]
+    directory = study.trial(trial_id)
+    folder = f"explain/{study.plan()['explain'][trial_id]['faithfulness']}"
+    done = directory.read_bytes(f"{folder}/done.json")
+    mirror_all(study, sqlite)
+    directory.delete(f"{folder}/done.json")
+    write_sealed(directory, f"{folder}/failed.json", {"error": "MemoryError: told", "attempts": 4, "time": 1.0}, ())
+    mirror_all(study, sqlite)
+    assert run_of(sqlite, trial_id).data.tags["raystudy.error.faithfulness"] == "MemoryError: told"
+    assert run_of(sqlite, trial_id).info.status == "FINISHED"  # the training
+    messages = [t.message for t in study.status().trials]
+    assert messages == ["explanation faithfulness failed: MemoryError: told", "", ""]
+    directory.write_bytes(f"{folder}/done.json", done)
+    mirror_all(study, sqlite)
+    assert "raystudy.error.faithfulness" not in run_of(sqlite, trial_id).data.tags
+    assert not any(t.message for t in study.status().trials)
     assert_mirrored_once(study, sqlite.uri)
 
 

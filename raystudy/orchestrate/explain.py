@@ -23,6 +23,7 @@ from raystudy.orchestrate.assignment import FAILED, Assignment, Device, Status, 
 from raystudy.orchestrate.session import EXPLAIN
 from raystudy.orchestrate.slot import is_final
 from raystudy.orchestrate.worker import explain
+from raystudy.results import write_sealed
 from raystudy.study import Study
 
 LOOK_SECONDS = 10.0  # between two looks at how many slots a cluster has
@@ -149,4 +150,4 @@ class Explainer:
 def mark_failed(study: Study, job: ExplainJob, error: str, attempts: int) -> None:
     """Record a failed job beside its files."""
     path = f"{job_directory(job.job, job.settings)}/{FAILED}"
-    study.trial(job.trial_id).write_json(path, {"error": error, "attempts": attempts, "time": time.time()})
+    write_sealed(study.trial(job.trial_id), path, {"error": error, "attempts": attempts, "time": time.time()}, ())

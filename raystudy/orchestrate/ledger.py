@@ -25,7 +25,7 @@ from raystudy.orchestrate.identity import digest
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
 from raystudy.results import DONE, MODEL, REMEDIES, RESULT, damaged_files, read_result, write_sealed
 from raystudy.storage import Storage
-from raystudy.study import PLAN, Study, parquet_bytes
+from raystudy.study import PLAN, Study, parquet_bytes, read_mark
 from raystudy.trial_files import keep_spec
 
 WRITERS = 16
@@ -51,7 +51,7 @@ class Ledger:
         self.study.refuse_newer()
         self._files = self.study.files()
         with ThreadPoolExecutor(WRITERS) as pool:
-            for _ in pool.map(self._check_finished, [t for t in self.plan.trials if "result.json" in self.files(t)]):
+            for _ in pool.map(self._check_ended, self.plan.trials):
                 pass
 
     def write_plan(self, trials: Iterable[PlannedTrial] | None = None) -> None:
@@ -129,15 +129,21 @@ class Ledger:
     def mark_failed(self, trial_id: str, error: str, attempts: int) -> None:
         """Record that a trial failed for good; the next run tries it again."""
         mark = {"error": error, "attempts": attempts, "time": time.time()}
-        self.study.trial(trial_id).write_json(FAILED, mark)
+        write_sealed(self.study.trial(trial_id), FAILED, mark, ())
+
+    def _check_ended(self, trial: PlannedTrial) -> None:
+        if RESULT in self.files(trial):
+            self._check_finished(trial)
+        elif STOPPED in self.files(trial):
+            read_mark(self.study.trial(trial.trial_id), STOPPED)
 
     def _check_finished(self, trial: PlannedTrial) -> None:
         """Look at every byte of a finished trial (object storage looks after its models itself)."""
         directory, names = self.study.trial(trial.trial_id), self.files(trial)
-        stand_in = _stand_in(directory)
-        result = stand_in or read_result(directory) or {}
+        substitute = stand_in(directory)
+        result = substitute or read_result(directory) or {}
         self._ended[trial.trial_id] = str(result.get("status"))
-        if stand_in:
+        if substitute:
             return
         for name in damaged_files(directory, left_out=() if directory.is_local else (MODEL,)):
             what = "the file is missing, or does not match its checksum"
@@ -160,7 +166,7 @@ class Ledger:
         storage.write_bytes(path, content)
 
 
-def _stand_in(directory: Storage) -> dict[str, Any] | None:
+def stand_in(directory: Storage) -> dict[str, Any] | None:
     """Return a result that something else than a trial wrote: it has neither schema nor checksum."""
     try:
         result = dict(directory.read_json(RESULT))

@@ -24,11 +24,12 @@ from pydantic import ValidationError
 from raystudy.config import Experiment, Search, SearchRange
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import STOPPED
+from raystudy.orchestrate.ledger import stand_in
 from raystudy.orchestrate.plan import Arm, PlannedTrial, StudyPlan, trials_of
-from raystudy.results import read_sealed, write_sealed
+from raystudy.results import RESULT, read_result, read_sealed, write_sealed
 from raystudy.storage import Storage
 from raystudy.streams import stream, stream_seed
-from raystudy.study import Study
+from raystudy.study import Study, read_mark
 
 FOLDER = "search"
 SEARCHABLE = ("model", "training")
@@ -360,14 +361,18 @@ def cell_of(trial: PlannedTrial) -> str:
 
 
 def value_of(study: Study, trial_id: str) -> float | None:
-    """Return a trial's validation accuracy: of its result, or where the search stopped it; None when there is none."""
+    """Return a trial's validation accuracy: of its result, or where the search stopped it; None when there is none.
+
+    Raises
+    ------
+    StudyError : the file that tells it is damaged.
+    """
     directory = study.trial(trial_id)
-    try:
-        result = directory.read_json("result.json")
+    if directory.exists(RESULT):
+        result = stand_in(directory) or read_result(directory)
+        assert result is not None  # it was there a moment ago
         return float(result["selected"]["val_accuracy"]) if result["status"] == "finished" else 0.0
-    except FileNotFoundError:
-        pass
     try:
-        return float(directory.read_json(STOPPED)["value"])
+        return float(read_mark(directory, STOPPED)["value"])
     except FileNotFoundError:
         return None

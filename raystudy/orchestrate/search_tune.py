@@ -16,6 +16,7 @@ from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.plan import PlannedTrial
 from raystudy.orchestrate.search import Halving, SearchBook, cell_of
 from raystudy.orchestrate.sweep import PlanSearcher, Queued, TrialNews, config_of, forgotten
+from raystudy.results import write_sealed
 
 
 class BookSearcher(PlanSearcher):
@@ -81,5 +82,5 @@ class HalvingScheduler(FIFOScheduler):
         if self.halving.goes_on(trial_id, cell_of(planned), int(result["epoch"]), value):
             return TrialScheduler.CONTINUE
         mark = {"epoch": int(result["epoch"]), "value": value, "by": "the search"}
-        self.book.study.trial(trial_id).write_json(STOPPED, mark)
+        write_sealed(self.book.study.trial(trial_id), STOPPED, mark, ())
         return TrialScheduler.STOP

@@ -34,6 +34,7 @@ from raystudy.orchestrate.assignment import (
     stop_watch,
     words,
 )
+from raystudy.results import write_sealed
 from raystudy.storage import Storage
 from raystudy.study import Study
 
@@ -138,7 +139,7 @@ class TrialSlot(tune.Trainable):
                 message = words(error)
                 if self._attempt > placement.max_failures or is_final(error):
                     mark = {"error": message, "attempts": self._attempt, "time": time.time()}
-                    self._directory.write_json(FAILED, mark)
+                    write_sealed(self._directory, FAILED, mark, ())
                     return self._over("failed", message)
                 retry = {"time": time.time(), "event": "retry", "attempt": self._attempt, "error": message}
                 self._directory.append_event("events", retry)

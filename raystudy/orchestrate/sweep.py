@@ -24,6 +24,7 @@ from ray.tune.search import Searcher
 
 from raystudy.orchestrate.assignment import FAILED, TrialRows, Work, words
 from raystudy.orchestrate.slot import Placement, Shared, TrialSlot
+from raystudy.results import write_sealed
 from raystudy.study import Study
 
 _TUNE_SETTINGS = {
@@ -124,7 +125,7 @@ class _Reporter(tune.Callback):
         error = trial.get_error()
         message = words(error) if error is not None else "the slot died"
         mark = {"error": message, "attempts": trial.num_failures, "time": time.time()}
-        self._study.trial(trial.config["trial"]).write_json(FAILED, mark)
+        write_sealed(self._study.trial(trial.config["trial"]), FAILED, mark, ())
         self._news.put(TrialNews(trial.config["trial"], "failed", message))
 
 

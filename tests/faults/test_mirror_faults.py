@@ -96,7 +96,8 @@ def test_damage_in_the_cursor_loses_nothing_and_repeats_nothing(tiny_study: Tiny
     steps = replay(tiny_study.study, study)
     while "result" not in next(steps):
         pass
-    next(steps), next(steps)  # the second trial has begun
+    for _ in range(2):  # the second trial has begun
+        next(steps)
     mirror_all()
     (name,) = study.storage.list("tracking")
     whole, database = study.storage.read_bytes(name), (tmp_path / "mlflow.db").read_bytes()
