@@ -10,13 +10,14 @@ import ipaddress
 import json
 import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import grpc
 import ray
 from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 
 from raystudy.errors import StudyError
 
@@ -51,6 +52,17 @@ def is_loopback(host: str | None) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_own(host: str) -> bool:
+    """Whether a host name or address is one of this machine's, loopback or not."""
+    host = host.strip("[]")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
 
 
 def installed_ray() -> str:
@@ -108,7 +120,7 @@ def check_head(address: str) -> bool:
         version = _version(channel, None, where)
         asks = version is None
         if version is not None:
-            refuse_open(address.rpartition(":")[0], where)
+            _refuse_reachable(channel, address)
         else:
             own = token()
             if own is None:
@@ -121,10 +133,25 @@ def check_head(address: str) -> bool:
     return asks
 
 
-def is_open(address: str) -> bool:
-    """Whether a head lets everybody in who reaches it."""
+def refuse_open_head(address: str) -> None:
+    """Refuse a head, HOST:PORT, that lets in everybody, unless only this machine reaches it."""
     with grpc.insecure_channel(address) as channel:
-        return _version(channel, None, f"Ray at {address}") is not None
+        if _version(channel, None, f"Ray at {address}") is not None:
+            _refuse_reachable(channel, address)
+
+
+def _refuse_reachable(channel: grpc.Channel, address: str) -> None:
+    """Refuse an open head that others reach: at this address, or where its machines say they are."""
+    asked: Any = gcs_service_pb2.GetAllNodeInfoRequest()  # pyright: ignore[reportAttributeAccessIssue]
+    where = f"Ray at {address}"
+    try:
+        nodes: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetAllNodeInfo(asked, timeout=ANSWER_SECONDS)
+    except grpc.RpcError as error:
+        raise _no_head(where, f"it does not tell its machines: {error}") from None
+    alive = gcs_pb2.GcsNodeInfo.ALIVE  # pyright: ignore[reportAttributeAccessIssue]
+    machines = [node.node_manager_address for node in nodes.node_info_list if node.state == alive]
+    for host in (address.rpartition(":")[0], *machines):
+        refuse_open(host, where)
 
 
 def _version(channel: grpc.Channel, own: str | None, where: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,7 +11,15 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from raystudy.errors import StudyError
-from raystudy.orchestrate.access import check_ray_version, missing_token, refuse_open, token, use_token, wrong_token
+from raystudy.orchestrate.access import (
+    check_ray_version,
+    is_own,
+    missing_token,
+    refuse_open,
+    token,
+    use_token,
+    wrong_token,
+)
 
 
 @dataclass(frozen=True)
@@ -83,17 +90,7 @@ def _is_here(address: str) -> bool:
             where=address,
             remedy="http://HEAD:8265 of a running cluster",
         ) from None
-    return all(_is_own(node.node_ip) for node in nodes)
-
-
-def _is_own(ip: str) -> bool:
-    """Whether an address is one of this machine's."""
-    with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
-        try:
-            probe.bind((ip, 0))
-        except OSError:
-            return False
-    return True
+    return all(is_own(node.node_ip) for node in nodes)
 
 
 def _get(url: str, address: str, headers: dict[str, str]) -> requests.Response:

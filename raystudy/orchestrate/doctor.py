@@ -15,7 +15,7 @@ from raystudy.config import Experiment
 from raystudy.errors import StudyError
 from raystudy.orchestrate.access import check_ray_version, installed_ray, is_loopback
 from raystudy.orchestrate.dashboard import check_dashboard
-from raystudy.orchestrate.session import check_address
+from raystudy.orchestrate.session import check_address, head_of
 from raystudy.storage import open_storage
 from raystudy.study import Study
 
@@ -24,7 +24,13 @@ PATIENCE_SECONDS = 5.0  # with a storage that is away
 
 
 def examine(experiment: Experiment | None, address: str | None) -> int:
-    """Run every check, print all findings; return 0, or 2 when something is wrong."""
+    """Run every check, print all findings; return 0, or 2 when something is wrong.
+
+    Parameters
+    ----------
+    address : a dashboard's address, or as for ``head_of``; by default RAY_ADDRESS, as for every verb.
+    """
+    cluster = address or os.environ.get("RAY_ADDRESS")
     checks: list[tuple[str, Callable[[], str]]] = [("Python", _python), ("torch", _torch), ("Ray", _ray)]
     if experiment is not None:
         checks += [
@@ -34,8 +40,8 @@ def examine(experiment: Experiment | None, address: str | None) -> int:
         ]
     else:
         checks.append(("MLflow", _mlflow_library))
-    if address is not None:
-        checks.append(("cluster", lambda: _cluster(address)))
+    if cluster:
+        checks.append(("cluster", lambda: _cluster(cluster)))
     console, wrong = Console(highlight=False), 0
     for name, check in checks:
         try:
@@ -102,6 +108,9 @@ def _cluster(address: str) -> str:
         found = check_dashboard(address)
         asks = "token accepted" if found.asks else "asks for no token; all of it is this machine"
         return f"Ray {found.ray} at {address}, {asks}"
-    asks = check_address(address)
+    head = head_of(address)
+    if head is None:
+        return "none is asked for: `raystudy run` starts Ray on this machine"
+    asks = check_address(head)
     words = {None: "", True: ", token accepted", False: ", asks for no token; only this machine reaches it"}
-    return f"Ray at {address}{words[asks]}"
+    return f"Ray at {head}{words[asks]}"

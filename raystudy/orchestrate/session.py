@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import services
 
 import raystudy
 from raystudy.errors import StudyError
@@ -29,8 +30,8 @@ from raystudy.orchestrate.access import (
     check_head,
     check_ray_version,
     installed_ray,
-    is_open,
-    refuse_open,
+    is_own,
+    refuse_open_head,
     token,
     use_token,
 )
@@ -66,8 +67,7 @@ def connect(
 
     Parameters
     ----------
-    address : None starts Ray on this machine (inside a Ray job: connects to its cluster); ``auto`` finds a Ray that
-        runs here; ``HOST:PORT`` is a head's GCS address.
+    address : as for ``head_of``.
     cpus, gpus : logical resources of a local Ray; by default what this process may use.
 
     Raises
@@ -76,11 +76,11 @@ def connect(
         that others reach and that asks nobody for a token.
     """
     check_ray_version(installed_ray(), "this machine")
-    address = address or os.environ.get("RAY_ADDRESS") or None
     if ray.is_initialized():
-        yield _describe(address is None, None)
+        yield _describe((address or os.environ.get("RAY_ADDRESS") or "local") == "local", None)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = head_of(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         n_cpus = cpus or len(os.sched_getaffinity(0))
@@ -92,7 +92,8 @@ def connect(
         options |= {"address": address, "runtime_env": _runtime_env()}
     page = _init(address, options)
     try:
-        _refuse_open()
+        if not _uses_tls() and (address is not None or os.environ.get("RAY_AUTH_MODE") == "disabled"):
+            refuse_open_head(ray.get_runtime_context().gcs_address)  # where it says it is
         with _sigterm_as_ctrl_c():
             yield _describe(address is None, page)
     finally:
@@ -137,10 +138,49 @@ def _init(address: str | None, options: dict[str, Any]) -> str | None:
         ) from error
 
 
+def head_of(address: str | None) -> str | None:
+    """Return the head's HOST:PORT that an address stands for; None where a Ray of our own is started.
+
+    Parameters
+    ----------
+    address : a head's ``HOST:PORT``; ``auto`` finds a Ray that runs on this machine; ``local``, or None where
+        RAY_ADDRESS names none (inside a Ray job it does), starts one.
+
+    Raises
+    ------
+    StudyError : ``auto``, and no Ray runs here, or several do.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address != "auto":
+        return None if address == "local" else address
+    try:
+        return services.canonicalize_bootstrap_address_or_die(address)
+    except (ConnectionError, ValueError) as error:
+        raise StudyError(
+            f"no Ray is found on this machine: {_first_line(error)}",
+            where="--address auto",
+            remedy="start one (`ray start --head`), or name the head: --address HOST:6379",
+        ) from None
+
+
+def is_elsewhere(head: str) -> bool:
+    """Whether a head is on another machine, which does not see this one's files.
+
+    Raises
+    ------
+    StudyError : no address of a head.
+    """
+    return not is_own(_host_and_port(head)[0])
+
+
 def check_address(address: str) -> bool | None:
     """Refuse a head that cannot or should not be used, before Ray tries for a long time.
 
     Token authentication is turned on where there is a token.
+
+    Parameters
+    ----------
+    address : HOST:PORT of a head.
 
     Returns
     -------
@@ -151,14 +191,31 @@ def check_address(address: str) -> bool | None:
     StudyError : no address, nobody answers, no or a wrong token, another Ray, or a cluster that asks nobody for a
         token on an address that others can reach.
     """
+    host, port = _host_and_port(address)
+    where = f"Ray at {address}"
+    try:
+        socket.create_connection((host, port), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise StudyError(
+            f"nobody answers: {error.strerror or error}",
+            where=where,
+            remedy="start the cluster (`ray up cluster.yaml`), or mend --address (the head's HOST:6379)",
+        ) from error
+    if not _uses_tls():
+        return check_head(address)
+    if token() is not None:
+        use_token(where)
+    return None
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    """Return the parts of a head's address."""
     if address.startswith(("http://", "https://")):
         raise StudyError(
             "this is a dashboard's address",
             where=address,
             remedy="`raystudy submit … --address http://HEAD:8265`, or `raystudy run … --address HEAD:6379`",
         )
-    if address in ("auto", "local"):
-        return None
     if "://" in address:
         raise StudyError(
             "Ray Client is not supported", where=address, remedy="--address HEAD:6379, or `raystudy submit`"
@@ -166,28 +223,12 @@ def check_address(address: str) -> bool | None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise StudyError(f"{address!r} is no address", where="--address", remedy="HOST:PORT, for example 10.0.0.5:6379")
-    where = f"Ray at {address}"
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
-    except OSError as error:
-        raise StudyError(
-            f"nobody answers: {error.strerror or error}",
-            where=where,
-            remedy="start the cluster (`ray up cluster.yaml`), or mend --address (the head's HOST:6379)",
-        ) from error
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("0", "false"):  # with TLS only Ray knows the certificates
-        return check_head(address)
-    if token() is not None:
-        use_token(where)
-    return None
+    return host.strip("[]"), int(port)
 
 
-def _refuse_open() -> None:
-    """Refuse a connected Ray that others reach and that asks nobody for a token."""
-    if os.environ.get("RAY_AUTH_MODE") == "disabled":
-        address = ray.get_runtime_context().gcs_address
-        if is_open(address):
-            refuse_open(address.rpartition(":")[0], f"Ray at {address}")
+def _uses_tls() -> bool:
+    """Whether Ray encrypts: then it knows the certificates, which let nobody else in either."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() not in ("0", "false")
 
 
 def _runtime_env() -> dict[str, Any]:

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import ray
 import ray.exceptions
+from ray._private import services
 
 from raystudy.config import Resources
 from raystudy.errors import StudyError
 from raystudy.orchestrate import slot
 from raystudy.orchestrate.access import token
 from raystudy.orchestrate.cluster import placement_of
-from raystudy.orchestrate.session import Session, check_address, connect
+from raystudy.orchestrate.session import Session, check_address, connect, head_of, is_elsewhere
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,25 @@ def test_a_second_connection_of_a_submitted_job_is_no_machine_of_its_own_either(
     assert done.stdout.split() == ["False", "False"], done.stderr
     with connect() as own:
         assert own.local
+
+
+def test_auto_names_a_ray_that_runs_here_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "find_gcs_addresses", set[str])  # as on a machine without Ray
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(StudyError, match="no Ray is found on this machine") as refusal:
+        head_of("auto")
+    assert "ray start --head" in str(refusal.value.remedy)
+    assert head_of(None) is head_of("local") is None
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    assert head_of(None) == head_of("auto") == "10.0.0.5:6379"
+    assert head_of("local") is None
+
+
+def test_a_head_is_elsewhere_unless_its_address_is_this_machines() -> None:
+    own = ray.util.get_node_ip_address()
+    heads = [f"{host}:6379" for host in ("127.0.0.1", "localhost", own, "192.0.2.1")]  # the last is nobody's
+    assert [is_elsewhere(head) for head in heads] == [False, False, False, True]
 
 
 def test_memory_that_ran_out_is_waited_for_longer_each_time_and_a_broken_rule_is_final() -> None:

@@ -26,11 +26,18 @@ CLUSTERS = {
     "authentication off here": ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": TOKEN}, GUARDED, "RAY_AUTH_MODE"),
 }
 
+FOUND = ("no token", "nobody is asked", "nobody is asked, token here")  # also without their address
+DOCTORS = ("doctor", "doctor by its head", "doctor by auto", "doctor by RAY_ADDRESS")
+
 
 def on_cluster(file: Path, verb: str, address: str, environment: dict[str, str]) -> Command:
-    where = f"{address}:6379" if verb in ("run", "doctor of a head") else f"http://{address}:8265"
+    word, _, how = verb.partition(" ")
     storage = str(file.parent / os.urandom(4).hex())  # they all run at once
-    return Command([verb.split(" ", maxsplit=1)[0], str(file), "--storage", storage, "--address", where], environment)
+    typed = [word, str(file), "--storage", storage]
+    if how == "by RAY_ADDRESS":
+        return Command(typed, {**environment, "RAY_ADDRESS": f"{address}:6379"})
+    where = {"by its head": f"{address}:6379", "by loopback": "127.0.0.1:6379", "by auto": "auto"}
+    return Command([*typed, "--address", where.get(how, f"http://{address}:8265")], environment)
 
 
 def namespace_is_allowed() -> bool:
@@ -43,10 +50,14 @@ def namespace_is_allowed() -> bool:
 @pytest.mark.skipif(not namespace_is_allowed(), reason="needs a network namespace of its own (root, unshare, ip)")
 def test_tokens_of_real_clusters_are_checked_before_anything_is_sent_there(tmp_path: Path) -> None:
     file = tiny.experiment_file(tmp_path, tmp_path / "studies")
-    verbs = ("run", "doctor of a head", "doctor")
-    right = {("right token", verb): on_cluster(file, verb, GUARDED, {"RAY_AUTH_TOKEN": TOKEN}) for verb in verbs[1:]}
-    commands = {(name, verb): on_cluster(file, verb, c[1], c[0]) for name, c in CLUSTERS.items() for verb in verbs}
-    del commands["authentication off here", "doctor"]  # the dashboard is asked with the token all the same
+    right = {("right token", verb): on_cluster(file, verb, GUARDED, {"RAY_AUTH_TOKEN": TOKEN}) for verb in DOCTORS}
+    verbs = ("run by its head", "doctor by its head", "doctor", "submit")
+    pairs = [(name, verb) for name in CLUSTERS for verb in verbs]
+    ways = ("run by auto", "doctor by auto", "doctor by loopback", "doctor by RAY_ADDRESS")
+    pairs += [(name, verb) for name in FOUND for verb in ways]
+    commands = {(name, verb): on_cluster(file, verb, CLUSTERS[name][1], CLUSTERS[name][0]) for name, verb in pairs}
+    for verb in ("doctor", "submit"):  # the dashboard is asked with the token all the same
+        del commands["authentication off here", verb]
     guarded = {pair: c for pair, c in commands.items() if CLUSTERS[pair[0]][1] == GUARDED} | right
     unguarded = {pair: c for pair, c in commands.items() if pair not in guarded}
     folder = Path(tempfile.mkdtemp(prefix="raystudy-"))  # Ray's socket names must be short
@@ -63,5 +74,8 @@ def test_tokens_of_real_clusters_are_checked_before_anything_is_sent_there(tmp_p
         if name == "right token":
             assert answer.code == 0, answer
             assert "token accepted" in answer.said
+            assert GUARDED in answer.said
         else:
             assert refused(answer, CLUSTERS[name][2]), (name, verb, answer)
+        assert TOKEN not in answer.said
+        assert TOKEN[::-1] not in answer.said
