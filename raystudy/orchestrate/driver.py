@@ -22,13 +22,14 @@ from raystudy.orchestrate.cluster import run_on_ray
 from raystudy.orchestrate.films import Films, plan_readable, prepare_films
 from raystudy.orchestrate.initial_weights import check_initial_weights
 from raystudy.orchestrate.ledger import Ledger
+from raystudy.orchestrate.local_paths import refuse_local_paths
 from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.phantoms import write_phantom_originals
 from raystudy.orchestrate.plain import run_plain
 from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.progress import Display, Silent, display
 from raystudy.orchestrate.search import SearchBook, search_experiment
-from raystudy.orchestrate.session import connect
+from raystudy.orchestrate.session import connect, head_of, is_elsewhere
 from raystudy.orchestrate.state import Outcome, Run, Stop, Todo
 from raystudy.results import damaged_files, write_sealed
 from raystudy.storage import Storage, open_storage
@@ -48,7 +49,13 @@ class Mirror(Protocol):
 def run(
     experiment: Experiment, *, only_failed: bool = False, address: str | None = None, take_over: bool = False
 ) -> int:
-    """Run what is missing of a study, with display, mirror and report; return the exit code."""
+    """Run what is missing of a study, with display, mirror and report; return the exit code.
+
+    Raises
+    ------
+    StudyError : as ``run_study``; and local paths that a cluster elsewhere would not see.
+    """
+    _refuse_unseen_paths(experiment, address)
     storage = open_storage(experiment.storage)
     storage.check_writable()
     with display() as shown, ExitStack() as open_ray:
@@ -81,6 +88,12 @@ def run(
     return outcome.exit_code
 
 
+def _refuse_unseen_paths(experiment: Experiment, address: str | None) -> None:
+    head = head_of(address)
+    if head is not None and is_elsewhere(head):
+        refuse_local_paths(experiment, f"Ray at {head}")
+
+
 def _say_where(experiment: Experiment, study: Study) -> None:
     """Tell how to open what the study left."""
     print(f"open the report in a browser: {study.storage.address('report/index.html')}")
@@ -93,6 +106,7 @@ def _say_where(experiment: Experiment, study: Study) -> None:
 
 def prepare_only(experiment: Experiment) -> None:
     """Decode the images of a study into the image store."""
+    _refuse_unseen_paths(experiment, None)
     storage = open_storage(experiment.storage)
     storage.check_writable()
     Study(storage.child(experiment.name)).refuse_newer()

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
@@ -25,6 +24,7 @@ from raystudy.errors import NewerStudyError, StudyError
 from raystudy.orchestrate.access import check_ray_version, installed_ray
 from raystudy.orchestrate.assignment import write_stop
 from raystudy.orchestrate.dashboard import check_dashboard
+from raystudy.orchestrate.local_paths import refuse_local_paths
 from raystudy.orchestrate.lock import gone_from_here, lock_holder
 from raystudy.orchestrate.session import NO_SECRETS
 from raystudy.study import Study
@@ -45,7 +45,8 @@ def submit(
     check_ray_version(installed_ray(), "this machine")
     here = check_dashboard(address).here
     if not here:
-        _refuse_local_paths(experiment, address)
+        refuse_local_paths(experiment, address)
+        _say_where_runs_go(experiment)
     _refuse_newer(experiment)
     with tempfile.TemporaryDirectory() as scratch:
         package = _package(experiment, Path(scratch))
@@ -112,22 +113,7 @@ def _package(experiment: Experiment, scratch: Path) -> Path:
     return scratch
 
 
-def _refuse_local_paths(experiment: Experiment, address: str) -> None:
-    """Refuse paths that exist on this machine only."""
-    tree = experiment.model_dump(mode="json")
-    places: dict[str, Any] = {"storage": tree["storage"]}
-    for name, source in tree["sources"].items():
-        places |= {f"sources.{name}.{key}": source[key] for key in ("root",) if source.get(key)}
-    if experiment.model.weights not in ("none", "imagenet"):
-        places["model.weights"] = experiment.model.weights
-    local = {key: value for key, value in places.items() if "://" not in str(value)}
-    if local:
-        key, value = next(iter(local.items()))
-        raise StudyError(
-            f"{key} is the local path {value!r}, which the cluster's machines do not see",
-            where=address,
-            remedy=f"put it on object storage and name it: --set {key}=s3://bucket/path",
-        )
+def _say_where_runs_go(experiment: Experiment) -> None:
     if urlsplit(experiment.tracking.uri).scheme.startswith("sqlite") and experiment.tracking.enabled:
         print("note: tracking.uri is a sqlite file; it will lie on the cluster's head, in the job's folder")
         print("  the MLflow server of cluster.yaml: --set tracking.uri=http://127.0.0.1:5000")

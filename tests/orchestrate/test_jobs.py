@@ -16,8 +16,9 @@ import yaml
 
 from raystudy.config import Resources, load_experiment
 from raystudy.errors import StudyError
-from raystudy.orchestrate import jobs
+from raystudy.orchestrate import driver, jobs
 from raystudy.orchestrate.cluster import placement_of
+from raystudy.orchestrate.local_paths import refuse_local_paths
 from raystudy.orchestrate.session import Session
 from raystudy.study import Study
 from tests.orchestrate import tiny
@@ -73,6 +74,33 @@ def test_local_paths_are_refused_for_a_cluster_elsewhere(space: Space, long_stud
         assert refused in done.stderr
         assert "=s3://bucket/path" in done.stderr
     assert job_names(space) == before
+
+
+@pytest.mark.parametrize("key", ["storage", "sources.H1.root", "sources.H2.root", "sources.H1.images"])
+@pytest.mark.parametrize("scheme", ["", "file://", "FILE://"])
+def test_a_local_path_is_one_however_it_is_written(key: str, scheme: str, tmp_path: Path) -> None:
+    nih = {"kind": "nih", "root": "s3://bucket/nih", "images": "s3://bucket/films"}
+    chexpert = {"kind": "chexpert", "root": "s3://bucket/chexpert"}
+    file = tiny.experiment_file(tmp_path, "s3://bucket/studies", sources={"H1": nih, "H2": chexpert})
+    refuse_local_paths(load_experiment(file), "the cluster")
+    with pytest.raises(StudyError, match=f"{key} is the local path '{scheme}{tmp_path}'") as refusal:
+        refuse_local_paths(load_experiment(file, [f"{key}={scheme}{tmp_path}"]), "the cluster")
+    assert refusal.value.remedy == f"put it on object storage and name it: --set {key}=s3://bucket/path"
+
+
+def test_a_run_on_a_cluster_elsewhere_refuses_local_paths_before_it_does_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tiny.experiment(tmp_path, tmp_path / "studies")
+    with pytest.raises(StudyError, match="storage is the local path"):
+        driver.run(experiment, address="192.0.2.1:6379")  # nobody's
+    with pytest.raises(StudyError, match=r"sources\.H1\.root is the local path"):
+        driver.run(experiment.model_copy(update={"storage": "s3://bucket/studies"}), address="192.0.2.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    for command in (driver.run, driver.prepare_only):
+        with pytest.raises(StudyError, match="storage is the local path"):
+            command(experiment)
+    assert not (tmp_path / "studies").exists()
 
 
 @needs_a_space
