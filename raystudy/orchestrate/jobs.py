@@ -10,6 +10,7 @@ import asyncio
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,13 +30,14 @@ from raystudy.orchestrate.lock import gone_from_here, lock_holder
 from raystudy.orchestrate.session import NO_SECRETS
 from raystudy.study import Study
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
 LARGEST_PACKAGE = 1_000_000  # bytes of code and experiment that a submission may send
 
 
 def submit(
     experiment: Experiment, address: str, *, follow: bool = True, only_failed: bool = False, take_over: bool = False
 ) -> int:
-    """Submit a study to a cluster and follow its log; return the exit code of `raystudy run` there.
+    """Submit a study to a cluster and follow its log; return the exit code of `raystudy run` there, or 130 on Ctrl-C.
 
     Raises
     ------
@@ -62,13 +64,17 @@ def submit(
             metadata={"study": experiment.name},
             entrypoint_num_cpus=0,
         )
-    print(f"submitted {job}; it goes on when this terminal ends")
-    print("  status: raystudy status EXPERIMENT      stop: raystudy stop EXPERIMENT")
-    print(f"  log: ray job logs {job} --follow")
+    verbs = "  status: raystudy status EXPERIMENT      stop: raystudy stop EXPERIMENT"
+    hints = f"{verbs}\n  log: ray job logs {job} --follow --address {address}"
+    print(f"submitted {job}; it goes on when this terminal ends\n{hints}")
     if not follow:
         return 0
-    asyncio.run(_follow(client, job))
-    details = client.get_job_info(job)
+    try:
+        asyncio.run(_follow(client, job))
+        details = client.get_job_info(job)
+    except KeyboardInterrupt:
+        print(f"no longer followed; {job} goes on and holds the study\n{hints}", file=sys.stderr)
+        return INTERRUPTED
     print(f"{job}: {details.status.value}")
     return 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code or 1
 

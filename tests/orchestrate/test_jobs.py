@@ -141,6 +141,37 @@ def test_options_of_a_submission_reach_the_run_and_its_exit_code_comes_back(spac
     }  # none had failed
 
 
+FOLLOWER = """
+import signal, subprocess, sys
+client = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+said = ""
+while "to run" not in said and (line := client.stdout.readline()):
+    said += line
+client.send_signal(signal.SIGINT)
+rest, errors = client.communicate(timeout=60)
+print(said + rest, errors, client.returncode, sep="\\0")
+"""
+
+
+@needs_a_space
+def test_who_stops_following_hears_that_the_job_goes_on(space: Space, long_study: Path) -> None:
+    more = ("--set", "name=followed", "--set", "mixtures=[50]", "--set", "training.epochs=500")
+    submit = (BIN / "raystudy", "submit", long_study, "--address", HERE, *more)
+    done = space.run(BIN / "python", "-c", FOLLOWER, *submit, PYTHONUNBUFFERED="1")
+    said, errors, code = done.stdout.split("\0")
+    assert int(code) == 130, done
+    job = re.findall(r"submitted (raystudy-followed-[\w-]+)", said)[0]
+    log = f"ray job logs {job} --follow --address {HERE}"
+    for words in (f"{job} goes on", "raystudy status", log, "raystudy stop"):
+        assert words in errors
+    assert "run the same command again" not in errors
+    now = json.loads(space.raystudy("status", long_study, *more, "--json").stdout)
+    assert now["driver"] is not None
+    assert space.raystudy("stop", long_study, *more).returncode == 0
+    study = Study.at(str(space.home / "studies"), "followed")
+    wait_for("the driver's end", lambda: study.driver() is None, 120)
+
+
 @needs_a_space
 def test_a_study_that_nobody_runs_cannot_be_stopped(space: Space, long_study: Path) -> None:
     done = space.raystudy("stop", long_study, "--set", "name=nobody")
