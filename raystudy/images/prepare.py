@@ -4,6 +4,10 @@ The driver lists the originals, finds by fingerprint which of them the store alr
 blocks.  Each Ray Data task takes a few blocks: a small pool of threads fetches ahead while the task decodes, and every
 finished block is written at once.  No pixel travels through Ray.  A prepare that was killed goes on with the blocks
 that are there; each worker repeats at most the block it was in.
+
+Ray itself repeats nothing here: it would start a task anew without end whose film kills every worker (a crash of the
+decoder, or more memory than there is).  Tasks whose worker died are run again, as their machine may have gone away;
+what then still fails is decoded film by film, and a film that ends its worker each time is quarantined.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import ray
 import ray.data
+from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 
 from raystudy.errors import StudyError
 from raystudy.images.decode import Unreadable, decode_film
@@ -42,6 +48,9 @@ BLOCK_FILMS = 64  # films of one store block: what a kill repeats per worker
 TASK_BLOCKS = 2  # store blocks of one Ray task
 FETCHERS = 4  # threads that fetch ahead in one task
 AHEAD = 8  # films fetched ahead in one task; bounds its memory
+TRIES = 3  # of what a worker died on
+MOST_DEATHS = 20  # films that may end their worker each time; with more it is not the films
+DIED = "its decoder died"
 
 Progress = Callable[[int, int, float], None]
 
@@ -83,7 +92,7 @@ def prepare_images(
 
     Raises
     ------
-    StudyError : a storage that cannot be reached or written.
+    StudyError : a storage that cannot be reached or written; tasks that Ray cannot run.
     """
     started = time.monotonic()
     films, quarantine = _admitted(table)
@@ -91,13 +100,14 @@ def prepare_images(
     catalog, loose = read_catalog(storage, pixels)
     held = set(catalog["fingerprint"])
     todo = films[~films["fingerprint"].isin(held)].drop_duplicates("fingerprint").sort_values("uri")
-    written = _decode_all(todo, settings, storage, pixels, progress)
-    if loose or written:
+    blocks, died = _decode_all(todo, settings, storage, pixels, progress)
+    if loose or blocks:
         catalog, _ = read_catalog(storage, pixels)
         write_catalog(storage, pixels, catalog)
 
     placed = films.merge(catalog, on="fingerprint", how="left", validate="many_to_one")
     placed.loc[placed["block"].isna(), "reason"] = "missing"  # vanished after it was listed
+    placed.loc[placed["fingerprint"].isin(died), "reason"] = DIED  # not in the store: the next prepare tries it again
     unread = placed[placed["reason"].notna()]
     quarantine = pd.concat([quarantine, unread[["image_id", "uri", "reason"]]], ignore_index=True).astype(str)
     originals = [*zip(films["image_id"], films["fingerprint"], strict=True), *_unread_originals(quarantine)]
@@ -130,30 +140,96 @@ def _unread_originals(quarantine: pd.DataFrame) -> Iterator[tuple[str, str]]:
     return zip(quarantine["image_id"], quarantine["reason"], strict=True)
 
 
-def _decode_all(todo: pd.DataFrame, settings: ImageSettings, storage: Storage, pixels: str, progress: Progress) -> int:
-    """Decode the films that the store lacks; return the number of blocks written."""
+def _decode_all(
+    todo: pd.DataFrame, settings: ImageSettings, storage: Storage, pixels: str, progress: Progress
+) -> tuple[int, set[str]]:
+    """Decode the films that the store lacks.
+
+    Returns
+    -------
+    number of blocks written, fingerprints of the films that end every worker.
+    """
     if todo.empty:
-        return 0
-    _quiet()
+        return 0, set()
+    _prepare_ray_data()
     per_task = BLOCK_FILMS * TASK_BLOCKS
     parts = [
         pa.Table.from_pandas(todo.iloc[start : start + per_task][["uri", "fingerprint"]], preserve_index=False)
         for start in range(0, len(todo), per_task)
     ]
-    dataset = ray.data.from_arrow(parts).map_batches(
-        partial(decode_batch, settings=settings, storage=storage, pixels=pixels),
-        batch_size=None,
-        batch_format="pyarrow",
-    )
+    decode = partial(decode_batch, settings=settings, storage=storage, pixels=pixels)
     done, blocks, started = 0, 0, time.monotonic()
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        answer = pa.table(batch)
+
+    def note(answer: pa.Table) -> None:
+        nonlocal done, blocks
         for what, where, remedy in filter(None, answer["refusal"].to_pylist()):
             raise StudyError(what, where=where, remedy=remedy)
         counts = answer["films"].to_pylist()
         done, blocks = done + sum(counts), blocks + len(counts)
         progress(done, len(todo), done / max(time.monotonic() - started, 1e-9))
-    return blocks
+
+    for _ in range(TRIES - 1):
+        given = len(parts)
+        parts = _unanswered(parts, decode, note)
+        if len(parts) in (0, given):
+            break
+    died = _one_by_one(pa.concat_tables(parts), decode, note) if parts else set[str]()
+    return blocks, died
+
+
+def _unanswered(parts: list[pa.Table], decode: partial[pa.Table], note: Callable[[pa.Table], None]) -> list[pa.Table]:
+    """Decode parts, each in a task of Ray Data; return those whose task failed."""
+    dataset = ray.data.from_arrow(parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray has no other way yet to bound its retries
+        dataset = dataset.map_batches(decode, batch_size=None, batch_format="pyarrow", max_retries=0)
+    answered: set[str] = set()
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            answer = pa.table(batch)
+            answered.update(answer["first"].to_pylist())
+            note(answer)
+    except RayError as error:  # an answer that went with its machine; what is wrong with Ray itself comes again
+        logging.getLogger(__name__).warning("a round of tasks was cut off: %s", error)
+    return [part for part in parts if part["fingerprint"][0].as_py() not in answered]
+
+
+def _one_by_one(films: pa.Table, decode: partial[pa.Table], note: Callable[[pa.Table], None]) -> set[str]:
+    """Decode films, each in a task of its own; return the fingerprints of those that end their worker each time.
+
+    Raises
+    ------
+    StudyError : more than ``MOST_DEATHS`` of them, or a task that fails in another way.
+    """
+    task: Any = ray.remote(max_retries=0)(decode.func)
+    died: list[dict[str, str]] = []
+    for row, film in enumerate(films.to_pylist()):
+        failure = None
+        for _ in range(TRIES):
+            try:
+                note(pa.table(ray.get(task.remote(films.slice(row, 1), **decode.keywords))))
+            except RayError as error:
+                failure = error
+            else:
+                failure = None
+                break
+        if failure is not None and not isinstance(failure, WorkerCrashedError | OutOfMemoryError):
+            text = (str(failure).strip().splitlines() or [type(failure).__name__])[-1][:300]
+            raise StudyError(
+                f"Ray cannot run the task that decodes this film: {text}",
+                where=film["uri"],
+                remedy="look at the cluster with raystudy doctor and at Ray's logs; run the same command again",
+            ) from failure
+        if failure is not None:
+            died.append(film)
+        if len(died) > MOST_DEATHS:
+            named = ", ".join(film["uri"] for film in died[:3])
+            raise StudyError(
+                f"the decoder's process died on {len(died)} films, {TRIES} times each: {named}, …",
+                where="in Ray's workers",
+                remedy="look for crashes or too little memory in Ray's logs; so many are hardly the films' fault",
+            ) from failure
+    return {film["fingerprint"] for film in died}
 
 
 def decode_batch(batch: pa.Table, settings: ImageSettings, storage: Storage, pixels: str) -> pa.Table:
@@ -161,8 +237,8 @@ def decode_batch(batch: pa.Table, settings: ImageSettings, storage: Storage, pix
 
     Returns
     -------
-    columns films (of each block) and refusal (what, where, remedy): a storage that refuses is an answer to the driver,
-    not a failure of Ray.
+    columns first (fingerprint of the task's first film), films (of each block) and refusal (what, where, remedy): a
+    storage that refuses is an answer to the driver, not a failure of Ray.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # this process is Ray's worker; oddities become reasons
     uris, marks = batch["uri"].to_pylist(), batch["fingerprint"].to_pylist()
@@ -180,7 +256,8 @@ def decode_batch(batch: pa.Table, settings: ImageSettings, storage: Storage, pix
     except StudyError as error:
         refusal = [error.what, error.where, error.remedy]
         counts.append(0)
-    return pa.table({"films": counts, "refusal": pa.array([refusal] * len(counts), pa.list_(pa.string()))})
+    refusals = pa.array([refusal] * len(counts), pa.list_(pa.string()))
+    return pa.table({"first": marks[:1] * len(counts), "films": counts, "refusal": refusals})
 
 
 def _film(uri: str, fingerprint: str, original: bytes, settings: ImageSettings) -> Film:
@@ -210,10 +287,11 @@ def _fetch(uri: str) -> bytes | None:
         return None
 
 
-def _quiet() -> None:
-    """Ray Data's own bars and start-up lines would tear the study's progress display."""
+def _prepare_ray_data() -> None:
+    """Let failed tasks be told by their absence; Ray Data's own bars and lines would tear the progress display."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Ray Data warns of its own defaults
         context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.max_errored_blocks = -1  # no limit
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from tests.images.hostile import hostile_files
 from tests.s3_server import S3Server
 
 SETTINGS = ImageSettings(size=32)
+KILLER, FICKLE = "killer.png", "fickle.png"
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -34,6 +36,31 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return open_storage(tmp_path / "root")
     return open_storage(request.getfixturevalue("s3_bucket"))
+
+
+class Deadly(ImageSettings):
+    """Settings with which a worker's decoder dies on ``KILLER``, and on ``FICKLE`` the first time only."""
+
+    def __init__(self, marker: Path) -> None:
+        super().__init__(size=32)
+        object.__setattr__(self, "marker", marker)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return armed, (os.getpid(), self.__dict__["marker"])
+
+
+def armed(driver: int, marker: Path) -> ImageSettings:
+    def decode(data: bytes, name: str, settings: ImageSettings) -> np.ndarray:
+        first = name == FICKLE and not marker.exists()
+        if first:
+            marker.touch()
+        if first or name == KILLER:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode_film(data, name, settings)
+
+    if os.getpid() != driver:
+        prepare.decode_film = decode
+    return SETTINGS
 
 
 def write_films(storage: Storage, n: int, start: int = 0) -> pd.DataFrame:
@@ -163,6 +190,44 @@ def test_a_storage_that_refuses_in_a_worker_is_one_message_too(tmp_path: Path) -
     (tmp_path / "studies/_images" / prepare.pixels_key(SETTINGS)).write_bytes(b"a file where a folder should be")
     with pytest.raises(StudyError, match="--storage"):
         prepare_images(table, SETTINGS, root.child("studies"))
+
+
+@pytest.mark.timeout(120)
+def test_a_film_that_kills_its_worker_is_quarantined_and_the_others_are_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "BLOCK_FILMS", 5)  # ten films a task
+    root = open_storage(tmp_path)
+    table = write_films(root, 18)
+    for place, name in (("originals/0", KILLER), ("z", FICKLE)):  # the first task's and the last one's
+        path = f"{place}/{name}"
+        root.write_bytes(path, root.read_bytes("originals/0/00000.png"))
+        table.loc[len(table)] = [f"H1/{name}", root.address(path)]
+    seen: list[tuple[int, int, float]] = []
+    studies = root.child("studies")
+    prepared = prepare_images(table, Deadly(tmp_path / "marker"), studies, lambda *values: seen.append(values))
+    assert prepared.quarantine.values.tolist() == [
+        [f"H1/{KILLER}", root.address(f"originals/0/{KILLER}"), "its decoder died"]
+    ]
+    assert (tmp_path / "marker").exists()  # a worker that dies once takes no film along
+    assert seen[-1][:2] == (len(table) - 1, len(table))
+    readable = table["image_id"][table["image_id"] != f"H1/{KILLER}"]
+    assert len(load_pixels(studies, prepared.key, readable).image_ids) == len(table) - 1
+    again = prepare_images(table, SETTINGS, studies)  # another machine or decoder may read it
+    assert (again.n_new, len(again.quarantine)) == (1, 0)
+
+
+@pytest.mark.timeout(120)
+def test_workers_that_die_on_every_film_end_prepare_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "MOST_DEATHS", 1)
+    monkeypatch.setattr(prepare, "TRIES", 2)
+    root = open_storage(tmp_path)
+    table = pd.DataFrame([{"image_id": str(n), "uri": root.address(f"{n}/{KILLER}")} for n in range(3)])
+    for uri in table["uri"]:
+        root.write_bytes(uri.removeprefix(f"{root.uri}/"), encoded(film(stream(7, "film"), 40, 36), "PNG"))
+    with pytest.raises(StudyError, match="died on 2 films, 2 times each") as refusal:
+        prepare_images(table, Deadly(tmp_path / "marker"), root.child("studies"))
+    assert str(table["uri"][0]) in str(refusal.value)
 
 
 @pytest.mark.timeout(120)
