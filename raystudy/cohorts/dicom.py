@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from raystudy.cohorts.dicom_file import frame_size, plain_file
+from raystudy.cohorts.dicom_file import plain_file
+from raystudy.cohorts.dicom_frame import announced, unpack_rle
 from raystudy.cohorts.manifest import canonical_splits, canonical_views, read_findings, refuse_unknown
 from raystudy.cohorts.settings import DicomSource
 from raystudy.cohorts.tables import SourceTable, checked_rows, path_stays_below, read_text_table, refuse_rows
@@ -41,6 +42,8 @@ PIXEL_FIELDS = [
 ]  # fmt: skip
 RADIOGRAPHS = ("CR", "DX", "RG", "OT", "")
 COLUMNS_TAG = 0x00280011  # the last of HEADER_FIELDS in a file
+SIZE_FIELDS = ["SamplesPerPixel", "Rows", "Columns", "BitsAllocated"]
+BITS_ALLOCATED_TAG = 0x00280100  # the last of SIZE_FIELDS in a file
 HEAD_BYTES = 1 << 16
 LONG_HEAD_BYTES = 1 << 24  # of a file whose private fields or tables stand before the image's size
 READERS = 16
@@ -194,19 +197,16 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
     from pydicom.errors import BytesLengthException
     from pydicom.pixels.decoders.base import get_decoder
 
-    limit = (pixel_cap or 1 << 28) * 6 + LONG_HEAD_BYTES
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            film = _read(data, limit)
+            film = _read(data, pixel_cap)
             _check_image(film, pixel_cap)
             syntax = film.file_meta.TransferSyntaxUID
             if syntax.is_encapsulated and not get_decoder(syntax).is_available:
                 raise StudyError(
                     f"no plug-in can read DICOM compressed as {syntax.name}", remedy="pip install 'raystudy[dicom]'"
                 )
-            if syntax == RLE:  # the compiled plug-in for it aborts on damaged segments instead of raising an error
-                film.pixel_array_options(decoding_plugin="pydicom")
             if syntax.is_encapsulated:
                 _check_frame(film)
             return _grey(film)
@@ -215,12 +215,15 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
             raise ValueError(f"DICOM: {text}") from error
 
 
-def _read(data: bytes, limit: int) -> Dataset:
+def _read(data: bytes, pixel_cap: int | None) -> Dataset:
     from pydicom import dcmread
 
-    file = plain_file(data, limit)
-    if not file.whole and len(file.data) > limit:
-        raise ValueError("decompression bomb: the deflated data set is larger than the pixel cap allows")
+    file = plain_file(data, LONG_HEAD_BYTES)
+    if not file.whole and len(file.data) > LONG_HEAD_BYTES:
+        limit = _pixel_bytes(file.data, pixel_cap) + LONG_HEAD_BYTES
+        file = plain_file(data, limit)
+        if not file.whole and len(file.data) > limit:
+            raise ValueError("decompression bomb: the deflated data set is larger than its header says")
     if not file.whole:
         raise ValueError("truncated: the file ends inside its deflated data set")
     with warnings.catch_warnings():
@@ -238,31 +241,71 @@ def _require_pydicom() -> None:
         raise StudyError("reading DICOM needs the extra `dicom`", remedy="pip install 'raystudy[dicom]'") from None
 
 
+def _pixel_bytes(head: bytes, pixel_cap: int | None) -> int:
+    """Return the bytes of the pixels that the head of a file announces."""
+    from pydicom.filereader import read_partial
+    from pydicom.tag import Tag
+
+    tags: list[Any] = [Tag(field) for field in SIZE_FIELDS]
+    film = read_partial(io.BytesIO(head), lambda tag, vr, length: tag > BITS_ALLOCATED_TAG, specific_tags=tags)
+    if "Rows" not in film or "Columns" not in film or "BitsAllocated" not in film:
+        raise ValueError(f"decompression bomb: the deflated data set says no size in its first {len(head)} bytes")
+    _check_size(film, pixel_cap)
+    return int(film.Rows) * int(film.Columns) * _samples(film) * -(-int(film.BitsAllocated) // 8)
+
+
+def _samples(film: Dataset) -> int:
+    return int(film.get("SamplesPerPixel") or 1)
+
+
+def _check_size(film: Dataset, pixel_cap: int | None) -> None:
+    rows, columns, bits = int(film.Rows), int(film.Columns), int(film.BitsAllocated)
+    if pixel_cap is not None and rows * columns > pixel_cap:
+        raise ValueError(f"decompression bomb: {columns} × {rows}, the cap is {pixel_cap} pixels")
+    if _samples(film) not in (1, 3) or bits not in (1, 8, 16, 32):
+        raise ValueError(f"{_samples(film)} samples of {bits} bits a pixel are not read")
+
+
 def _check_image(film: Dataset, pixel_cap: int | None) -> None:
     if "PixelData" not in film or "Rows" not in film or "Columns" not in film:
         raise ValueError("it holds no image")
-    rows, columns = int(film.Rows), int(film.Columns)
-    if pixel_cap is not None and rows * columns > pixel_cap:
-        raise ValueError(f"decompression bomb: {columns} × {rows}, the cap is {pixel_cap} pixels")
+    _check_size(film, pixel_cap)
     if int(film.get("NumberOfFrames") or 1) != 1:
         raise ValueError(f"animated: {film.NumberOfFrames} frames")
 
 
 def _check_frame(film: Dataset) -> None:
-    """Refuse a compressed frame of another size than the header's: decoders would make room for the frame's own."""
-    from pydicom.encaps import generate_frames
+    """Refuse a compressed frame of another size than the header's: decoders would make room for the frame's own.
 
-    frame = next(generate_frames(film.PixelData, number_of_frames=1))
-    said, announced = (int(film.Columns), int(film.Rows)), frame_size(frame)
-    if announced not in (None, said):
-        width, height = announced
-        raise ValueError(f"the header says {said[0]} × {said[1]}, its compressed frame {width} × {height}")
+    RLE is decoded here: pydicom's decoder knows no bounds, and the compiled one aborts on damaged segments.
+    """
+    from pydicom.encaps import generate_frames
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    frames = generate_frames(film.PixelData, number_of_frames=1)
+    frame = next(frames)
+    if next(frames, None) is not None:
+        raise ValueError("animated: its pixel data holds several frames")
+    rows, columns, samples = int(film.Rows), int(film.Columns), _samples(film)
+    if film.file_meta.TransferSyntaxUID == RLE:
+        film.PixelData = unpack_rle(frame, rows * columns, samples, int(film.BitsAllocated))
+        film.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        if samples > 1:
+            film.PlanarConfiguration = 1
+        return
+    found = announced(frame)
+    if (found.width, found.height) != (columns, rows):
+        raise ValueError(f"the header says {columns} × {rows}, its compressed frame {found.width} × {found.height}")
+    if found.components != samples:
+        raise ValueError(f"the header says {samples} samples a pixel, its compressed frame {found.components}")
 
 
 def _grey(film: Dataset) -> NDArray[np.uint8] | NDArray[np.uint16]:
     from pydicom.pixels.processing import apply_color_lut
 
     samples = film.pixel_array
+    if samples.shape[:2] != (int(film.Rows), int(film.Columns)):
+        raise ValueError("animated: its pixel data holds several frames")
     kind = str(film.PhotometricInterpretation)
     deep = int(film.BitsStored) > 8
     full = 65535 if deep else 255

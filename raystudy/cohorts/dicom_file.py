@@ -1,7 +1,6 @@
-"""A DICOM file's bytes before pydicom reads them: transfer syntax, bounded inflation, size of the compressed frame.
+"""A DICOM file's bytes before pydicom reads them: transfer syntax and bounded inflation.
 
-In flow the bytes of a file that anybody may have made; out flow the same file, never deflated, no longer than asked
-for, and the width and height that a compressed frame itself announces.
+In flow the bytes of a file that anybody may have made; out flows the same file, never deflated, no longer than wanted.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 _PREAMBLE = 132  # 128 bytes of anything and "DICM"
 _LONG_LENGTH = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 _TRANSFER_SYNTAX = (0x0002, 0x0010)
-_JPEG_2000_SIZE = b"\xff\x4f\xff\x51"  # start of codestream, then its size segment
 
 
 @dataclass(frozen=True)
@@ -53,17 +51,6 @@ def plain_file(data: bytes, limit: int) -> PlainFile:
     return PlainFile(syntax, _head(EXPLICIT_LITTLE_ENDIAN) + body, inflate.eof)
 
 
-def frame_size(frame: bytes) -> tuple[int, int] | None:
-    """Return (width, height) that a JPEG, JPEG-LS or JPEG 2000 frame announces; None for another kind of frame."""
-    if frame.startswith(b"\xff\xd8"):
-        return _jpeg_size(frame)
-    start = frame.find(_JPEG_2000_SIZE)
-    if start >= 0 and len(frame) >= start + 24:
-        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
-        return right - left, bottom - top
-    return None
-
-
 def _head(syntax: str) -> bytes:
     uid = syntax.encode() + b"\0" * (len(syntax) % 2)
     return bytes(128) + b"DICM" + struct.pack("<HH2sH", *_TRANSFER_SYNTAX, b"UI", len(uid)) + uid
@@ -88,17 +75,3 @@ def _meta(data: bytes) -> tuple[str, int]:
     if not syntax or not all(c in "0123456789." for c in syntax):
         raise ValueError("its meta information names no transfer syntax")
     return syntax, place
-
-
-def _jpeg_size(frame: bytes) -> tuple[int, int] | None:
-    place = 2
-    while len(frame) >= place + 9 and frame[place] == 0xFF:
-        marker = frame[place + 1]
-        if marker == 0xFF:  # fill byte
-            place += 1
-        elif (0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC}) or marker == 0xF7:
-            height, width = struct.unpack_from(">HH", frame, place + 5)
-            return width, height
-        else:
-            place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
-    return None

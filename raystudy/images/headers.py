@@ -1,7 +1,7 @@
 """What a film's own bytes say before any decoder sees them: format, size, components, checksums, completeness.
 
-A PNG is checked to its last byte.  A JPEG has no checksum: its structure, kind and end are checked; a flipped bit
-inside its scan, or a scan that was cut and closed with an end marker, is not seen by anybody.
+A PNG is checked to its last byte.  A JPEG has no checksum: its structure, kind, number of scans and end are checked; a
+flipped bit inside its scan, or a scan that was cut and closed with an end marker, is not seen by anybody.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from raystudy.jpeg import START_OF_SCAN, frame_fields, is_frame, segments
 
 _OTHERS = {
     b"GIF8": "GIF",
@@ -100,36 +102,27 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _jpeg_header(data: bytes) -> Header:
-    """Walk the markers up to the first scan."""
-    position, header = 2, None
-    while True:
-        while data[position : position + 2] == b"\xff\xff":  # fill bytes
-            position += 1
-        if position + 4 > len(data):
-            raise Unreadable("truncated: the JPEG ends in its header")
-        flag, marker, length = struct.unpack_from(">BBH", data, position)
-        if flag != 0xFF or length < 2:
-            raise Unreadable("damaged: the JPEG has an impossible marker")
-        body = data[position + 4 : position + 2 + length]
-        if len(body) < length - 2:
-            raise Unreadable("truncated: the JPEG ends in its header")
-        if marker == 0xE2 and body.startswith(b"MPF\0"):
-            raise Unreadable("animated: the JPEG holds several pictures")
-        if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC}:
-            header = _jpeg_frame(marker, body)
-        if marker == 0xDA:
-            if header is None:
+    """Walk the segments to the end of the image."""
+    header, scans = None, 0
+    try:
+        for marker, body in segments(data):
+            if marker == 0xE2 and body.startswith(b"MPF\0"):
+                raise Unreadable("animated: the JPEG holds several pictures")
+            if is_frame(marker):
+                header = _jpeg_frame(marker, body)
+            if marker == START_OF_SCAN and header is None:
                 raise Unreadable("damaged: the JPEG has no frame header")
-            if data.rfind(b"\xff\xd9", position) < 0:
-                raise Unreadable("truncated: the JPEG has no end")
-            return header
-        position += 2 + length
+            scans += marker == START_OF_SCAN
+    except ValueError as error:
+        text = str(error)
+        raise Unreadable(text if text.startswith(("truncated", "decompression bomb")) else f"damaged: {text}") from None
+    if header is None or scans == 0:
+        raise Unreadable("truncated: the JPEG has no pixels")
+    return header
 
 
 def _jpeg_frame(marker: int, body: bytes) -> Header:
-    if len(body) < 6:
-        raise Unreadable("damaged: the JPEG has a short frame header")
-    precision, height, width, components = struct.unpack_from(">BHHB", body)
+    precision, height, width, components = frame_fields(body)
     if marker not in {0xC0, 0xC1, 0xC2} or precision != 8:
         raise Unreadable(f"JPEG of a kind that is not read (frame {marker:#x}, {precision} bit)")
     if components == 4:

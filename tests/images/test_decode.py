@@ -88,6 +88,18 @@ def test_letterbox_keeps_the_aspect_and_is_black_around(width: int, height: int)
     np.testing.assert_array_equal(decoded, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"quality": 100}])
+def test_a_jpeg_may_not_repeat_its_scans_for_ever(options: dict[str, object]) -> None:
+    data = encoded(film(stream(4, "films"), 200, 160), "JPEG", **options)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    assert (b"\xff\x00" in scan) or not options  # what only looks like a marker
+    decode_film(data, "a.jpg", SETTINGS)
+    with pytest.raises(Unreadable, match="decompression bomb: the JPEG has more than 100 scans"):
+        decode_film(data[:-2] + scan * 100 + data[-2:], "a.jpg", SETTINGS)
+    with pytest.raises(Unreadable, match="truncated: the JPEG has no end"):
+        decode_film(data[:-2], "a.jpg", SETTINGS)
+
+
 def test_a_file_without_extension_is_known_by_its_content(picture: np.ndarray) -> None:
     np.testing.assert_array_equal(decode_film(encoded(picture, "PNG"), "00000001_000", SETTINGS), published(picture))
 
