@@ -142,7 +142,13 @@ def _header(root: Storage, path: str) -> tuple[str, str] | str:
 
     try:
         head = root.read_head(path, HEAD_BYTES)
-        fields = _fields(head) or _fields(root.read_head(path, LONG_HEAD_BYTES))
+        try:
+            fields = _fields(head)
+        except (*_DAMAGE, BytesLengthException):
+            if len(head) < HEAD_BYTES:
+                raise
+            fields = None  # the cut may lie inside a sequence
+        fields = fields or _fields(root.read_head(path, LONG_HEAD_BYTES))
     except FileNotFoundError:
         return "there is no such file"
     except (*_DAMAGE, BytesLengthException) as error:

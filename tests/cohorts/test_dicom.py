@@ -300,6 +300,26 @@ def test_headers_that_are_longer_than_the_first_read_are_read_whole(folder: Path
     assert rows["view"].tolist() == ["", "PA", "AP"]
 
 
+@pytest.mark.parametrize("endless", [True, False])
+def test_a_first_read_may_end_inside_a_sequence(folder: Path, endless: bool) -> None:
+    from pydicom.dataset import Dataset
+
+    items = [Dataset() for _ in range(1000)]
+    for k, item in enumerate(items):
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = "1.2.3", f"1.2.1{k}{'3' * 50}"
+    long = film(PatientID="a", ViewPosition="PA", ReferencedImageSequence=items)
+    long["ReferencedImageSequence"].is_undefined_length = endless
+    data = written(long)
+    assert data.index(b"333") < HEAD_BYTES < data.index(b"\x28\0\x10\0US")
+    (folder / "pneumonia" / "a.dcm").write_bytes(data)
+    rows = read(folder).rows
+    assert rows["patient_id"].tolist() == ["H1:c", "H1:a", "H1:b"]
+    for damaged in (data[:HEAD_BYTES], data[: HEAD_BYTES - 100]):
+        (folder / "pneumonia" / "a.dcm").write_bytes(damaged)
+        with pytest.raises(StudyError, match=r"no DICOM radiograph.*a\.dcm"):
+            read(folder)
+
+
 def test_table_gives_findings_and_split_and_headers_the_rest(folder: Path) -> None:
     table = "file,labels,split\nnormal/c.dcm,No Finding,test\npneumonia/a.dcm,Edema|Mass,train\n"
     (folder / "t.csv").write_text(table)
