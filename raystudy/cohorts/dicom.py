@@ -53,6 +53,7 @@ _DAMAGE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RuntimeError,
     TypeError, ValueError, struct.error, zlib.error,
 )  # fmt: skip
+_NO_MEMORY = ("Unable to allocate", "bad_alloc")  # numpy's words and C++'s
 
 
 def read_dicom(name: str, source: DicomSource, drop_duplicates: bool = False) -> SourceTable:
@@ -198,6 +199,7 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
     ------
     ValueError : a file that is damaged, has no or several frames, or exceeds the cap.
     StudyError : the extra, or the plug-in for this compression, is not installed.
+    MemoryError : the machine has too little memory.
     """
     _require_pydicom()
     from pydicom.errors import BytesLengthException
@@ -209,7 +211,7 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
             film = _read(data, pixel_cap)
             _check_image(film, pixel_cap)
             syntax = film.file_meta.TransferSyntaxUID
-            if syntax.is_encapsulated and not get_decoder(syntax).is_available:
+            if syntax.is_encapsulated and syntax != RLE and "pylibjpeg" not in get_decoder(syntax).available_plugins:
                 raise StudyError(
                     f"no plug-in can read DICOM compressed as {syntax.name}", remedy="pip install 'raystudy[dicom]'"
                 )
@@ -217,6 +219,8 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
                 _check_frame(film)
             return _grey(film)
         except (*_DAMAGE, BytesLengthException) as error:
+            if any(sign in str(error) for sign in _NO_MEMORY):  # pydicom makes one error of all that a plug-in raises
+                raise MemoryError(str(error)) from error
             text = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"DICOM: {text}") from error
 

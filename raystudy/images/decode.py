@@ -51,6 +51,7 @@ def decode_film(data: bytes, name: str, settings: ImageSettings) -> NDArray[np.u
     Raises
     ------
     Unreadable : with the reason for the quarantine.
+    StudyError : what is missing is no fault of the film: memory, the extra for DICOM or a plug-in.
     """
     header = read_header(data)
     _check_extension(name, header.format)
@@ -64,7 +65,11 @@ def decode_film(data: bytes, name: str, settings: ImageSettings) -> NDArray[np.u
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError, Warning) as error:
         raise Unreadable(_damage(error)) from error
     except MemoryError as error:
-        raise Unreadable("needs more memory than there is") from error
+        raise StudyError(
+            "decoding the film needs more memory than there is",
+            where=name,
+            remedy="give the machine more memory or other work, or lower `images.pixel_cap`",
+        ) from error
 
 
 def _damage(error: BaseException) -> str:
@@ -137,11 +142,9 @@ def _open_dicom(data: bytes, pixel_cap: int) -> Image.Image:
 
     try:
         samples = decode_dicom(data, pixel_cap)
-    except StudyError as error:  # the extra or a plug-in is missing
-        raise Unreadable(error.what) from error
     except ValueError as error:
         text = str(error).removeprefix("DICOM: ")
-        if text.startswith("decompression bomb"):
+        if text.startswith(("decompression bomb", "animated")):
             raise Unreadable(text) from error
         short = "truncated" in text or "less than expected" in text
         raise Unreadable(f"{'truncated' if short else 'damaged'}: {text.removeprefix('truncated: ')}") from error

@@ -266,6 +266,8 @@ def _film(uri: str, fingerprint: str, original: bytes, settings: ImageSettings) 
         return Film(fingerprint, digest, decode_film(original, locate(uri)[2], settings), None)
     except Unreadable as error:
         return Film(fingerprint, digest, None, error.reason)
+    except StudyError as error:  # of the machine, not of the film: nothing may be remembered of it
+        raise StudyError(error.what, where=uri, remedy=error.remedy) from error
 
 
 def _fetched(uris: Iterable[str]) -> Iterator[bytes | None]:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import builtins
 import io
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.pixels import get_decoder
 from pydicom.uid import (
     ComputedRadiographyImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
+    JPEG2000Lossless,
     RLELossless,
     generate_uid,
 )
 
+from raystudy.images import decode
 from raystudy.images.decode import Unreadable, decode_film
+from raystudy.images.prepare import decode_batch
 from raystudy.images.settings import ImageSettings
+from raystudy.images.store import pixels_key, read_catalog
+from raystudy.storage import open_storage
 from raystudy.streams import stream
 from tests.images.films import encoded, film
 
@@ -67,6 +77,44 @@ def test_a_dicom_film_is_refused_by_the_same_rules() -> None:
         (dicom(picture), "a.png", "wrong extension"),
         (dicom(picture, Rows=60000, Columns=60000), "a.dcm", "decompression bomb"),
         (dicom(picture[:8]), "a.dcm", "too small: 96 × 8"),
+        (dicom(picture, NumberOfFrames=7), "a.dcm", "animated: 7 frames"),
     ):
-        with pytest.raises(Unreadable, match=reason):
+        with pytest.raises(Unreadable, match=f"^{reason}"):
             decode_film(data, name, SETTINGS)
+
+
+def test_what_the_machine_lacks_is_no_property_of_the_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = film(stream(3, "films"), 96, 80)
+    (tmp_path / "a.dcm").write_bytes(dicom(picture, compress=JPEG2000Lossless))
+    storage, pixels = open_storage(tmp_path / "store"), pixels_key(SETTINGS)
+    batch = pa.table({"uri": [str(tmp_path / "a.dcm")], "fingerprint": ["f"]})
+
+    def without_pydicom(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "pydicom":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    def without_memory(*_: Any) -> Any:
+        raise MemoryError
+
+    def without_memory_in_the_plugin(*_: Any) -> Any:
+        return np.empty(1 << 50)
+
+    real, decoder = builtins.__import__, get_decoder(JPEG2000Lossless)
+    plugin = {"pylibjpeg": without_memory_in_the_plugin, "pillow": without_memory_in_the_plugin}
+    for target, name, value, what, remedy in (
+        (builtins, "__import__", without_pydicom, "needs the extra `dicom`", "pip install"),
+        (decoder, "_available", {"pillow": decoder._available["pillow"]}, "no plug-in can read", "pip install"),
+        (decoder, "_available", plugin, "more memory", "pixel_cap"),
+        (decode, "_squared", without_memory, "more memory", "pixel_cap"),
+    ):
+        with monkeypatch.context() as lacking:
+            lacking.setattr(target, name, value)
+            (answer,) = decode_batch(batch, SETTINGS, storage, pixels).to_pylist()
+        assert answer["films"] == 0
+        assert what in answer["refusal"][0]
+        assert answer["refusal"][1] == str(tmp_path / "a.dcm")
+        assert remedy in answer["refusal"][2]
+        assert read_catalog(storage, pixels)[0].empty
+    assert decode_batch(batch, SETTINGS, storage, pixels).to_pylist() == [{"films": 1, "refusal": None}]
+    assert read_catalog(storage, pixels)[0]["reason"].isna().all()
