@@ -56,7 +56,7 @@ class TrialInterrupted(Exception):
 
 
 class _DivergedError(Exception):
-    """The loss is not finite: the trial ends and is not tried again."""
+    """The loss or the network's activations are not finite: the trial ends and is not tried again."""
 
 
 def run_trial(
@@ -299,8 +299,15 @@ class _Trial:
         return {**dict(zip(("loss", *LossTerms._fields[1:-1]), terms, strict=True)), "train_accuracy": 100 * correct}
 
     def features(self, films: Films) -> Tensor:
-        """Return the add-on features of all films, (N, D, h, w), in eval mode."""
-        return torch.cat(list(self.chunks(films, self.model.features)))
+        """Return the add-on features of all films, (N, D, h, w), in eval mode; here a hidden overflow is seen."""
+
+        def evaluate(batch: Tensor) -> Tensor:
+            try:
+                return self.model.features(batch, finite=True)
+            except ValueError as error:
+                raise _DivergedError(f"the network overflows in epoch {self.at.epoch + 1}: {error}") from error
+
+        return torch.cat(list(self.chunks(films, evaluate)))
 
     def similarities(self, films: Films | AugmentedFilms) -> Tensor:
         """Return the similarities of all films to all prototypes, (N, P), in eval mode."""

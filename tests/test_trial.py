@@ -253,6 +253,16 @@ def test_a_loss_that_is_not_finite_ends_the_trial_as_diverged(tmp_path: Path) ->
     assert run_trial(wild, *data(), storage) == result  # and is not tried again
 
 
+def test_an_overflow_that_the_sigmoid_hides_from_every_loss_ends_the_trial_as_diverged(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    result = run_trial(spec({"epochs": 2, "warm_epochs": 2, "lr_warm_add_on": 1e18}), *data(), storage)
+    assert [h["stage"] for h in result["history"]] == ["warm", "warm"]
+    assert all(math.isfinite(h["val_cross_entropy"]) for h in result["history"])
+    assert result["status"] == "diverged"
+    assert "the network overflows in epoch 2" in result["reason"]
+    assert storage.list() == ["events", "result.json", "spec.json"]
+
+
 def test_the_selected_state_is_the_best_projected_one(finished: tuple[TrialSpec, Storage]) -> None:
     result = read_result(finished[1])
     assert result is not None
