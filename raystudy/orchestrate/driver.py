@@ -6,6 +6,7 @@ A run that finds everything done starts no Ray.  Ctrl-C, SIGTERM and `raystudy s
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import Counter
@@ -31,11 +32,11 @@ from raystudy.orchestrate.progress import Display, Silent, display
 from raystudy.orchestrate.search import SearchBook, search_experiment
 from raystudy.orchestrate.session import connect, head_of, is_elsewhere
 from raystudy.orchestrate.state import Outcome, Run, Stop, Todo
-from raystudy.results import damaged_files, write_sealed
+from raystudy.results import damaged_files, read_sealed, write_sealed
 from raystudy.storage import Storage, open_storage
-from raystudy.study import Study
+from raystudy.study import PLAN, Study
 
-REPORTED = "report.json"  # the checksums of a report's files; deleted as soon as something else is to do
+REPORTED = "report.json"  # the checksums of a report's files and of what it is about; deleted when work begins
 Executor = Literal["ray", "plain"]
 
 
@@ -182,7 +183,7 @@ def run_study(
                 shown.say(book.verdict())
             if report is not None and not outcome.interrupted and _reportable(study, outcome):
                 shown.say(report(study))
-                write_sealed(study.storage, REPORTED, {}, study.storage.list("report"))
+                write_sealed(study.storage, REPORTED, {"of": _subject(study)}, study.storage.list("report"))
         finally:
             if mirror is not None and not mirror.close():
                 shown.say("the MLflow mirror is behind; repair it with `raystudy report EXPERIMENT --sync`")
@@ -224,12 +225,18 @@ def _overview(plan: StudyPlan, study: Study, todo: Todo) -> str:
 
 
 def _reportable(study: Study, outcome: Outcome) -> bool:
-    """Whether there is something to report that no whole report says: an earlier run may have died before its own."""
+    """Whether there is something to report that no whole report of this plan and experiment says."""
     try:
-        whole = study.storage.exists(REPORTED) and not damaged_files(study.storage, REPORTED)
+        kept = read_sealed(study.storage, REPORTED)
+        whole = kept is not None and kept.get("of") == _subject(study) and not damaged_files(study.storage, REPORTED)
     except DamagedFileError:
         whole = False
     return not whole and any(state == "finished" for state in outcome.states.values())
+
+
+def _subject(study: Study) -> list[str]:
+    """Return the checksums of what a report is about, beside the trials: their plan and the experiment's notes."""
+    return [hashlib.sha256(study.storage.read_bytes(name)).hexdigest() for name in (PLAN, "experiment.yaml")]
 
 
 def _planned(experiment: Experiment) -> Experiment:

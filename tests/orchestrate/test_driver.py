@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from raystudy.config import load_experiment
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import Status, Work, write_stop
 from raystudy.orchestrate.driver import Executor, Outcome, _report, run, run_study
@@ -25,6 +26,7 @@ from raystudy.orchestrate.progress import Silent
 from raystudy.storage import Storage, open_storage
 from raystudy.study import Study
 from tests.orchestrate import tiny, works
+from tests.tiny_study import TinyStudy
 
 PACKED = ["resources.cpus=0.3", "resources.explain_cpus=0.3"]
 
@@ -96,6 +98,27 @@ def test_a_seed_more_runs_exactly_the_missing_trials(films: Path, place: Path) -
     assert (first.trained, second.trained, len(second.states)) == (3, 3, 6)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert run_tiny(films, place, ["seeds=[0, 1]"], works.null, executor="plain").trained == 0
+
+
+def test_the_page_follows_the_plan_and_the_notes_without_anything_to_train(
+    tiny_study: TinyStudy, tmp_path: Path
+) -> None:
+    study = tiny_study.copy(tmp_path)
+    root, page = open_storage(tmp_path), "report/index.html"
+
+    def again(*overrides: str) -> Outcome:
+        experiment = load_experiment(tiny_study.file, [f"storage={tmp_path}", *overrides])
+        return run_study(plan_study(experiment, root), root, report=_report)
+
+    assert again().trained == 0
+    whole = study.storage.stamps("report")
+    assert b"3 of 3 trials finished" in study.storage.read_bytes(page)
+    assert again().trained == 0
+    assert study.storage.stamps("report") == whole  # nothing else to say
+    assert again("mixtures=[0,50]").trained == 0
+    assert b"2 of 2 trials finished" in study.storage.read_bytes(page)
+    assert again("mixtures=[0,50]", "notes=[Looked at twice]").trained == 0
+    assert b"Looked at twice" in study.storage.read_bytes(page)
 
 
 def test_a_changed_spec_is_told_before_other_trials_start(films: Path, place: Path) -> None:
