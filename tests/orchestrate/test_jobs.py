@@ -259,6 +259,31 @@ def test_explanations_take_the_slots_of_machines_that_join_later(space: Space) -
     assert done.stdout.splitlines()[-1:] == ["0 False 2 True"], done.stderr[-2000:]
 
 
+VIEW = """
+import sys, time, ray, requests
+from raystudy.orchestrate.access import token
+from raystudy.orchestrate.slot import TitledDirectory
+page = ray.init("auto", logging_level=40).dashboard_url
+node, own = ray.nodes()[0]["NodeID"], {"Authorization": f"Bearer {token()}"}
+@ray.remote(num_cpus=0)
+def trial():
+    TitledDirectory(sys.argv[1], trial_id="a-trial").append_event("events", {"stage": "joint", "epoch": 3, "epochs": 9})
+    time.sleep(300)
+running, until, shown = trial.remote(), time.monotonic() + 60, []
+while "ray::a-trial joint 3/9" not in shown and time.monotonic() < until:
+    time.sleep(1)
+    told = requests.get(f"http://{page}/nodes/{node}", headers=own, timeout=30).json()["data"]["detail"]
+    shown = [" ".join(worker["cmdline"]).strip() for worker in told["workers"]]
+print(shown)
+"""
+
+
+@needs_a_space
+def test_trial_and_stage_are_read_in_the_dashboards_list_of_processes(space: Space, tmp_path: Path) -> None:
+    done = space.run(BIN / "python", "-c", VIEW, tmp_path, RAY_AUTH_MODE="token")
+    assert "ray::a-trial joint 3/9" in done.stdout, done.stdout + done.stderr[-2000:]
+
+
 def test_a_cluster_whose_machines_are_yet_to_come_is_not_held_to_one_trial_at_a_time() -> None:
     def at_a_time(cpus: float, local: bool) -> int | None:
         session = Session(local, cpus=cpus, gpus=0, explain_slots=0, dashboard=None)
