@@ -31,6 +31,8 @@ def run_on_ray(run: Run, resources: Resources, session: Session) -> None:
         check_placement(placement, session.cpus, session.gpus)
     metrics = StudyMetrics(run.study.name)
     metrics.images(sum(len(a.image_ids) for a in run.films.arrays.values()), run.films.quarantined)
+    for trial in run.ledger.plan.trials:
+        metrics.finished_before(trial.trial_id, trial.spec.task, trial.spec.h1_share, run.ledger.tests(trial))
     images = run.films.shared()
     explainer = Explainer(
         run.study,

@@ -39,7 +39,7 @@ class Ledger:
     plan: StudyPlan
     rows: dict[str, TrialRows] = field(default_factory=dict[str, TrialRows])
     _files: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
-    _ended: dict[str, str] = field(default_factory=dict[str, str])  # status of every result
+    _ended: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict[str, tuple[str, dict[str, Any]]])
 
     def open(self) -> None:
         """Read what is there, and check what is finished: damaged explanations count as missing, checkpoints go.
@@ -89,8 +89,12 @@ class Ledger:
     def state(self, trial: PlannedTrial) -> str:
         """Return how a trial ended (``finished``, ``diverged``, ``stopped``) as of ``open``, or ``waiting``."""
         if trial.trial_id in self._ended:
-            return self._ended[trial.trial_id]
+            return self._ended[trial.trial_id][0]
         return "stopped" if STOPPED in self.files(trial) else "waiting"
+
+    def tests(self, trial: PlannedTrial) -> dict[str, Any]:
+        """Return n, correct and accuracy by test set as of ``open``; nothing of a trial that is not finished."""
+        return self._ended.get(trial.trial_id, ("", {}))[1]
 
     def films_known(self) -> bool:
         """Whether the report finds the films of what is finished."""
@@ -142,7 +146,7 @@ class Ledger:
         directory, names = self.study.trial(trial.trial_id), self.files(trial)
         substitute = stand_in(directory)
         result = substitute or read_result(directory) or {}
-        self._ended[trial.trial_id] = str(result.get("status"))
+        self._ended[trial.trial_id] = str(result.get("status")), dict(result.get("tests", {}))
         if substitute:
             return
         for name in damaged_files(directory, left_out=() if directory.is_local else (MODEL,)):

@@ -94,7 +94,7 @@ class StudyMetrics:
 
     def begin(self, trial_id: str, task: str, h1_share: int) -> None:
         """A trial runs; from here on it is heard, or is silent."""
-        self._live[trial_id] = {**self._study, "trial_id": trial_id, "task": task, "h1_share": str(h1_share)}
+        self._live[trial_id] = self._tags(trial_id, task, h1_share)
 
     def event(self, trial_id: str, event: dict[str, Any]) -> None:
         """Take one event of a running trial over."""
@@ -126,6 +126,16 @@ class StudyMetrics:
             return
         self._set(self._speed, 0, tags)
         self._set(self._event_age, 0, tags)
+        self._accuracies(tags, tests)
+
+    def finished_before(self, trial_id: str, task: str, h1_share: int, tests: dict[str, Any]) -> None:
+        """An earlier run finished a trial; `tests` of its result.json."""
+        self._accuracies(self._tags(trial_id, task, h1_share), tests)
+
+    def _tags(self, trial_id: str, task: str, h1_share: int) -> dict[str, str]:
+        return {**self._study, "trial_id": trial_id, "task": task, "h1_share": str(h1_share)}
+
+    def _accuracies(self, tags: dict[str, str], tests: dict[str, Any]) -> None:
         for test_set, found in tests.items():
             self._set(self._accuracy, float(found["accuracy"]), {**tags, "test_set": test_set})
 

@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 
 import pytest
 
+from raystudy.orchestrate.driver import run_study
 from raystudy.orchestrate.metrics import StudyMetrics
+from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.progress import Silent
 from raystudy.orchestrate.sweep import TrialNews
 from raystudy.orchestrate.watch import Watch
 from raystudy.storage import open_storage
 from raystudy.study import Study
+from tests.orchestrate import tiny, works
 
 TRIAL = "pneumonia-h1_050-seed0-abcdef"
 
@@ -61,6 +64,27 @@ def test_a_retry_counts_while_the_trial_is_tried_again_and_once_only(watch: Watc
 def test_a_trial_that_never_says_anything_is_heard_as_silent(watch: Watch) -> None:
     watch._spoke[TRIAL] -= 700
     assert look(watch)[f"raystudy_last_event_seconds{TRIAL}"] > 600
+
+
+def test_the_accuracies_of_trials_that_were_finished_before_are_there_from_the_start(
+    films: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raystudy.orchestrate.metrics.Gauge", Kept)
+    monkeypatch.setattr(Kept, "values", {})
+    root = open_storage(place)
+    plan = plan_study(tiny.experiment(films, place), root)
+    finished, diverged, missing = (t.trial_id for t in plan.trials)
+    study = Study(root.child("tiny"))
+    tests = {"Test-50-50": {"n": 4, "correct": 3, "accuracy": 75.0}}
+    result = {"status": "finished", "tests": tests, "selected": {"val_accuracy": 50.0}}
+    study.trial(finished).write_json("result.json", result)
+    study.trial(diverged).write_json("result.json", {"status": "diverged"})
+    run_study(plan, root, work=works.null)
+    assert Kept.values[f"raystudy_accuracy{finished}"] == 75
+    assert not {f"raystudy_accuracy{diverged}"} & Kept.values.keys()
+    assert Kept.values["raystudy_trialsfinished"] == 2
+    assert Kept.values["raystudy_trialsdiverged"] == 1
+    assert Kept.values[f"raystudy_images_per_second{missing}"] == 0
 
 
 def test_trials_that_a_search_ended_are_counted(watch: Watch) -> None:
