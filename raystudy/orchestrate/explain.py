@@ -8,6 +8,7 @@ is recorded beside the job's files, reported at the end, and tried again by the 
 from __future__ import annotations
 
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.orchestrate.assignment import FAILED, Assignment, Device, Status, TrialRows, stop_watch, words
 from raystudy.orchestrate.session import EXPLAIN
-from raystudy.orchestrate.slot import is_final
+from raystudy.orchestrate.slot import Placement, is_final, pause_before_retry
 from raystudy.orchestrate.worker import explain
 from raystudy.results import write_sealed
 from raystudy.study import Study
@@ -67,7 +68,8 @@ class Explainer:
     ----------
     images : key -> reference of the shared ImageArray.
     slots : tasks at a time once no trial runs; half of them, at least one, before.
-    own_resource : the cluster has the ``explain`` resource; otherwise a task takes ``cpus``.
+    placement : of a task: GPUs, failures, pauses; and CPUs, where the cluster has no ``explain`` resource.
+    own_resource : the cluster has it.
     may_grow : other machines may join; both are looked up again now and then.
     owner : the token of the driver's lock.
     """
@@ -75,15 +77,14 @@ class Explainer:
     study: Study
     images: dict[str, Any]
     slots: int
-    cpus: float
-    gpus: float = 0
+    placement: Placement
     own_resource: bool = True
-    max_failures: int = 3
     stopping: Callable[[], bool] = lambda: False
     may_grow: bool = False
     owner: str = ""
     _looked: float = field(default_factory=time.monotonic)
     _waiting: deque[tuple[ExplainJob, int]] = field(default_factory=deque)
+    _resting: list[tuple[float, ExplainJob, int]] = field(default_factory=list[tuple[float, ExplainJob, int]])
     _running: dict[Any, tuple[ExplainJob, int]] = field(default_factory=dict)
 
     def add(self, job: ExplainJob) -> None:
@@ -91,8 +92,8 @@ class Explainer:
 
     @property
     def queue(self) -> int:
-        """Jobs that wait or run."""
-        return len(self._waiting) + len(self._running)
+        """Jobs that wait, rest after a failure, or run."""
+        return len(self._waiting) + len(self._resting) + len(self._running)
 
     @property
     def running(self) -> list[str]:
@@ -102,7 +103,10 @@ class Explainer:
         """Collect what has ended and launch what fits."""
         self._look_for_slots()
         news = self._collect()
-        if self.stopping():
+        stopping, now = self.stopping(), time.monotonic()
+        self._waiting += [(job, attempt) for due, job, attempt in self._resting if stopping or due <= now]
+        self._resting = [rest for rest in self._resting if not stopping and rest[0] > now]
+        if stopping:
             news += [ExplainNews(job, "interrupted") for job, _ in self._waiting]
             self._waiting.clear()
         limit = max(1, self.slots // 2) if trials_running else max(1, self.slots)
@@ -129,8 +133,9 @@ class Explainer:
             try:
                 news.append(ExplainNews(job, ray.get(ref)))
             except ray.exceptions.RayError as error:
-                if attempt <= self.max_failures and not is_final(error) and not self.stopping():
-                    self._waiting.append((job, attempt + 1))
+                if attempt <= self.placement.max_failures and not is_final(error) and not self.stopping():
+                    pause = pause_before_retry(error, attempt, self.placement, zlib.crc32(job.name.encode()))
+                    self._resting.append((time.monotonic() + pause, job, attempt + 1))
                     news.append(ExplainNews(job, "retry", words(error)))
                     continue
                 mark_failed(self.study, job, words(error), attempt)
@@ -139,11 +144,11 @@ class Explainer:
 
     def _launch(self, job: ExplainJob, attempt: int) -> Any:
         options: dict[str, Any] = (
-            {"num_cpus": 0, "resources": {EXPLAIN: 1}} if self.own_resource else {"num_cpus": self.cpus}
+            {"num_cpus": 0, "resources": {EXPLAIN: 1}} if self.own_resource else {"num_cpus": self.placement.cpus}
         )
         name = job.name if attempt == 1 else f"{job.name} (attempt {attempt})"
-        task = explanation_task.options(name=name, num_gpus=self.gpus, **options)
-        assignment = Assignment(self.study, job.trial_id, job.rows, Device(self.gpus), owner=self.owner)
+        task = explanation_task.options(name=name, num_gpus=self.placement.gpus, **options)
+        assignment = Assignment(self.study, job.trial_id, job.rows, Device(self.placement.gpus), owner=self.owner)
         return task.remote(job.job, assignment, self.images[job.images], job.settings)
 
 

@@ -44,12 +44,12 @@ STOP_SECONDS = 60.0  # for a trial that a search stopped early
 
 @dataclass(frozen=True)
 class Placement:
-    """What one trial occupies and how often it may fail.
+    """What one trial, or explanation, occupies and how often it may fail.
 
     Parameters
     ----------
     cpus, gpus, gpu_memory_gb, max_concurrent, max_failures : as the experiment's resources.
-    pause : seconds before a trial that failed is tried again; doubled each time when memory ran out.
+    pause, oom_pause : seconds before what failed is tried again; the second when memory ran out, doubled each time.
     pending : slots that are asked for ahead of time; an autoscaler sees them.
     """
 
@@ -143,7 +143,7 @@ class TrialSlot(tune.Trainable):
                     return self._over("failed", message)
                 retry = {"time": time.time(), "event": "retry", "attempt": self._attempt, "error": message}
                 self._directory.append_event("events", retry)
-                _sleep(pause_before_retry(error, self._attempt, placement), stopped)
+                _sleep(pause_before_retry(error, self._attempt, placement, os.getpid()), stopped)
 
     def _begin(self) -> None:
         self._task: Any = None
@@ -215,11 +215,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def pause_before_retry(error: BaseException, attempt: int, placement: Placement) -> float:
-    """Return seconds; packed trials that ran out of memory together come back one after the other."""
+def pause_before_retry(error: BaseException, attempt: int, placement: Placement, who: int = 0) -> float:
+    """Return seconds; by ``who``, those that ran out of memory together come back one after the other."""
     if not is_out_of_memory(error):
         return placement.pause
-    return min(LONGEST_PAUSE, placement.oom_pause * 2 ** (attempt - 1) * (1 + (os.getpid() % 8) / 8))
+    return min(LONGEST_PAUSE, placement.oom_pause * 2 ** (attempt - 1) * (1 + (who % 8) / 8))
 
 
 def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:

@@ -23,6 +23,7 @@ from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.progress import Silent
+from raystudy.orchestrate.slot import Placement
 from raystudy.storage import Storage, open_storage
 from raystudy.study import Study
 from tests.orchestrate import tiny, works
@@ -252,7 +253,7 @@ def test_an_explanation_ends_when_another_driver_takes_the_study_over(films: Pat
     images, key = shared.shared(), shared.key(trial)
 
     def ends(owner: str) -> str:
-        explainer = Explainer(study, images, slots=1, cpus=1, own_resource=False, owner=owner)
+        explainer = Explainer(study, images, 1, Placement(), own_resource=False, owner=owner)
         explainer.add(ExplainJob(trial.trial_id, "prototypes", trial.explain, ledger.rows[trial.trial_id], key))
         news = explainer.poll(trials_running=False)
         while not news:

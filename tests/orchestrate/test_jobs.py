@@ -238,7 +238,8 @@ from raystudy.study import Study
 ray.init("auto", logging_level=40)
 explain.LOOK_SECONDS = 0
 now = int(ray.cluster_resources().get("explain", 0))
-fixed, grows = (explain.Explainer(Study.at(".", "x"), {}, now, 1, own_resource=now > 0, may_grow=m) for m in (0, 1))
+study, placement = Study.at(".", "x"), explain.Placement()
+fixed, grows = (explain.Explainer(study, {}, now, placement, own_resource=now > 0, may_grow=m) for m in (0, 1))
 for explainer in (fixed, grows):
     explainer.poll(trials_running=True)
     assert (explainer.slots, explainer.own_resource) == (0, False)

@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,14 @@ from ray._private import services
 
 from raystudy.config import Resources
 from raystudy.errors import StudyError
-from raystudy.orchestrate import slot
+from raystudy.explanation_settings import ExplainSettings
+from raystudy.orchestrate import explain, slot
 from raystudy.orchestrate.access import token
+from raystudy.orchestrate.assignment import Rows, TrialRows
 from raystudy.orchestrate.cluster import placement_of
 from raystudy.orchestrate.session import Session, check_address, connect, head_of, is_elsewhere
+from raystudy.storage import open_storage
+from raystudy.study import Study
 
 
 @pytest.mark.parametrize(
@@ -103,6 +109,36 @@ def test_memory_that_ran_out_is_waited_for_longer_each_time_and_a_broken_rule_is
     broken = ray.exceptions.RayTaskError("f", "traceback", ValueError("rule"))
     assert slot.is_final(broken)
     assert not slot.is_final(memory)
+
+
+def test_an_explanation_that_ran_out_of_memory_rests_and_the_driver_goes_on(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @ray.remote(max_retries=0)
+    def run_out(*told: object) -> None:
+        raise MemoryError("told to run out")
+
+    monkeypatch.setattr(explain, "explanation_task", run_out)
+    study, rows, wished = Study(open_storage(tmp_path)), TrialRows(Rows("a", ""), Rows("b", "")), threading.Event()
+    rests = slot.Placement(cpus=1, max_failures=1, oom_pause=2)
+    explainer = explain.Explainer(study, {"k": ray.put(0)}, 2, rests, own_resource=False, stopping=wished.is_set)
+
+    def next_news() -> list[explain.ExplainNews]:
+        while not (news := explainer.poll(trials_running=False)):
+            time.sleep(0.02)
+        return news
+
+    explainer.add(explain.ExplainJob("a", "prototypes", ExplainSettings(), rows, "k"))
+    (retry,) = next_news()
+    rested = time.monotonic()
+    assert (retry.state, explainer.running, explainer.queue) == ("retry", [], 1)
+    explainer.add(explain.ExplainJob("one", "prototypes", ExplainSettings(), rows, "k"))
+    assert [(n.job.trial_id, n.state) for n in next_news()] == [("one", "retry")]  # it did not wait for the first
+    assert [(n.job.trial_id, n.state) for n in next_news()] == [("a", "failed")]
+    assert time.monotonic() - rested > 2
+    wished.set()
+    assert [(n.job.trial_id, n.state) for n in next_news()] == [("one", "interrupted")]
+    assert explainer.queue == 0
 
 
 def test_cpus_are_left_for_explanations_where_the_cluster_has_no_slots_for_them() -> None:
