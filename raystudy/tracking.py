@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -29,9 +28,7 @@ os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # a repeated "create run" would make two; the mirror looks first
 
 import alembic.util
-import mlflow
 import requests
-import sqlalchemy
 import sqlalchemy.exc
 from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -42,6 +39,7 @@ from raystudy.errors import DamagedFileError, StudyError
 from raystudy.results import DONE, read_result, read_sealed, sealed, write_sealed
 from raystudy.storage import EVENT_READERS, Storage
 from raystudy.study import Study, failures, read_mark
+from raystudy.tracking_server import check_server, first_line
 from raystudy.tracking_values import (
     MOST_NUMBERS,
     Number,
@@ -52,7 +50,6 @@ from raystudy.tracking_values import (
     result_numbers,
 )
 
-OLDEST, FIRST_UNKNOWN = (3, 1), (4, 0)  # versions of MLflow whose interface this module speaks
 OPENS_AS = {"mlflow.experimentKind": "custom_model_development"}  # the page of runs shows parameters and metrics
 EVENTS_A_BATCH = 1000 // MOST_NUMBERS  # MLflow takes 1,000 metrics a request
 PARAMS_A_BATCH = 100
@@ -103,79 +100,8 @@ def sync_study(study: Study, settings: Tracking) -> None:
         ) from None
 
 
-def check_server(uri: str, *, must_answer: bool = True) -> None:
-    """Refuse an MLflow whose version this raystudy does not speak, or (``must_answer``) that does not answer."""
-    check_library()
-    for version in _server_version(uri, must_answer):
-        _check_version("server", version, uri)
-
-
-def check_library() -> str:
-    """Refuse an MLflow library that this raystudy does not speak; return its version."""
-    _check_version("library", mlflow.__version__, "this machine")
-    return mlflow.__version__
-
-
-def _check_version(what: str, version: str, where: str) -> None:
-    number = tuple(int(p) for p in version.split(".")[:2] if p.isdigit())
-    if not OLDEST <= number < FIRST_UNKNOWN:
-        raise StudyError(
-            f"MLflow {what} {version} is not supported",
-            where=where,
-            remedy=f"use MLflow {OLDEST[0]}.{OLDEST[1]} or newer, below {FIRST_UNKNOWN[0]}",
-        )
-
-
-def _server_version(uri: str, must_answer: bool) -> list[str]:
-    if urlsplit(uri).scheme not in ("http", "https"):
-        if must_answer:
-            _check_database(uri)
-        return []
-    try:
-        answer = requests.get(f"{uri.rstrip('/')}/version", timeout=10 if must_answer else 2)
-        answer.raise_for_status()
-    except requests.RequestException as error:
-        if not must_answer:
-            return []
-        raise StudyError(
-            f"MLflow does not answer: {first_line(error)}",
-            where=uri,
-            remedy="start `mlflow server`, or use sqlite:///mlflow.db",
-        ) from None
-    return [answer.text.strip()[:40]]
-
-
-def _check_database(uri: str) -> None:
-    """Refuse a database that cannot be opened; nothing is made there."""
-    kind, _, rest = uri.partition("://")
-    try:
-        if not kind.startswith("sqlite"):
-            sqlalchemy.create_engine(uri).connect().close()
-            return
-        file = Path(rest.removeprefix("/"))
-        if not file.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {file.parent}")
-        if file.exists() and file.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):
-            raise OSError(f"{file} is no SQLite database")
-    except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError) as error:
-        raise StudyError(
-            f"MLflow's database cannot be opened: {first_line(error)}",
-            where="tracking.uri",
-            remedy="name a file in a folder that is there, for example sqlite:///mlflow.db",
-        ) from None
-
-
 def _cursor_path(settings: Tracking) -> str:
     return f"tracking/{hashlib.sha256(settings.uri.encode()).hexdigest()[:12]}.json"
-
-
-def first_line(error: Exception) -> str:
-    """Return what went wrong in few words, without the client's wrapping."""
-    text = str(error).strip()
-    for reason in ("Connection refused", "timed out", "Name or service not known", "Connection aborted"):
-        if reason in text:
-            return reason.lower()
-    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 class Line:

@@ -1,12 +1,15 @@
 """The MLflow mirror on real stores: SQLite, and a server with PostgreSQL and S3."""
 
+import contextlib
 import shutil
 import socket
 import time
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 import raystudy.mirror
@@ -16,7 +19,8 @@ from raystudy.mirror import Mirror
 from raystudy.results import write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
-from raystudy.tracking import check_server, sync_study
+from raystudy.tracking import sync_study
+from raystudy.tracking_server import check_server
 from raystudy.tracking_values import event_numbers
 from tests.canary import files_with
 from tests.mlflow_server import MLflowServer
@@ -342,6 +346,19 @@ def test_repair_names_a_server_that_does_not_answer(tiny_study: TinyStudy, tmp_p
 def test_the_check_accepts_this_server_and_sqlite(mlflow_server: MLflowServer) -> None:
     check_server(mlflow_server.uri)
     check_server("sqlite:///mlflow.db")
+
+
+def test_a_database_that_mlflow_refuses_as_too_old_is_refused_with_the_remedy(sqlite: Tracking) -> None:
+    check_server(sqlite.uri)
+    with contextlib.closing(sqlalchemy.create_engine(sqlite.uri).raw_connection()) as base:
+        base.cursor().execute("update alembic_version set version_num = '451aebb31d03'")
+        base.commit()
+    with pytest.raises(MlflowException, match="out-of-date"):
+        MlflowClient(tracking_uri=sqlite.uri).search_experiments()
+    for must_answer in (True, False):
+        with pytest.raises(StudyError, match="was written by an older MLflow") as refusal:
+            check_server(sqlite.uri, must_answer=must_answer)
+        assert f"mlflow db upgrade {sqlite.uri}" in str(refusal.value)
 
 
 def test_the_cursor_belongs_to_one_store(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:

@@ -89,7 +89,7 @@ def _study(experiment: Experiment) -> str:
 def _mlflow(experiment: Experiment, address: str | None) -> str:
     if not experiment.tracking.enabled:
         return "switched off"
-    from raystudy.tracking import check_server
+    from raystudy.tracking_server import check_server
 
     uri = experiment.tracking.uri
     of_the_head = address is not None and is_loopback(urlsplit(uri).hostname)  # where the job will run
@@ -98,7 +98,7 @@ def _mlflow(experiment: Experiment, address: str | None) -> str:
 
 
 def _mlflow_library() -> str:
-    from raystudy.tracking import check_library
+    from raystudy.tracking_server import check_library
 
     return check_library()
 

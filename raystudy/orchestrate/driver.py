@@ -255,7 +255,7 @@ def _mirror(experiment: Experiment, storage: Storage) -> Mirror | None:
     if not experiment.tracking.enabled:
         return None
     from raystudy.mirror import Mirror as MLflowMirror
-    from raystudy.tracking import check_server
+    from raystudy.tracking_server import check_server
 
     check_server(experiment.tracking.uri, must_answer=False)  # one that is away comes back; a wrong one stays wrong
     return MLflowMirror(Study(storage.child(experiment.name)), experiment.tracking)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from raystudy.errors import StudyError
 from raystudy.orchestrate.access import is_loopback
 from raystudy.orchestrate.dashboard import check_dashboard
 from raystudy.study import FORMAT_VERSION, Study
-from raystudy.tracking import check_server, sync_study
+from raystudy.tracking import sync_study
+from raystudy.tracking_server import check_server
 from tests.orchestrate import tiny
 from tests.orchestrate.verbs import Answer, Command, ask, refused
 from tests.s3_server import free_port
@@ -158,6 +161,25 @@ def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
             check_server(uri)
     check_server(f"sqlite:///{tmp_path}/new.db")
     assert not (tmp_path / "new.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("revision", "known"), [("ffffffffffff", False), ("dc11669786a5", True), ("451aebb31d03", True), (None, True)]
+)
+def test_a_database_of_an_mlflow_that_is_not_known_is_refused(
+    revision: str | None, known: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "m ä.db"
+    with contextlib.closing(sqlite3.connect(file)) as base, base:
+        base.execute("create table alembic_version (version_num varchar(32))")
+        if revision is not None:
+            base.execute("insert into alembic_version values (?)", [revision])
+    before = file.read_bytes()
+    for must_answer in (True, False):  # a wrong one stays wrong
+        with contextlib.nullcontext() if known else pytest.raises(StudyError, match=r"ffffffffffff.* does not know"):
+            check_server(f"sqlite:///{file}", must_answer=must_answer)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_sound_machine_is_not_found_wrong(tmp_path: Path) -> None:
