@@ -17,6 +17,8 @@ from raystudy.config import Tracking
 from raystudy.mirror import Mirror
 from raystudy.orchestrate.driver import run_study
 from raystudy.orchestrate.plan import plan_study
+from raystudy.orchestrate.progress import Silent
+from raystudy.report.page import write_report
 from raystudy.storage import json_bytes, open_storage
 from raystudy.streams import stream
 from raystudy.study import Study
@@ -24,10 +26,19 @@ from raystudy.tracking import sync_study
 from tests.mlflow_server import BadLine, MLflowServer
 from tests.mlflow_view import assert_mirrored_once, replay
 from tests.orchestrate import tiny
-from tests.s3_server import free_port
 from tests.tiny_study import TinyStudy
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own, of its SQLAlchemy
+
+
+class Said(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def seeded(*kinds: str) -> Callable[[int], str]:
@@ -69,18 +80,29 @@ def test_every_datum_is_there_once_after_a_server_was(
 
 
 def test_a_study_without_its_server_ends_with_the_same_bytes_and_is_mirrored_later(
-    tiny_study: TinyStudy, tmp_path: Path, mlflow_server: MLflowServer, capsys: pytest.CaptureFixture[str]
+    tiny_study: TinyStudy, tmp_path: Path, mlflow_server: MLflowServer
 ) -> None:
     root = tiny_study.file.parent
     experiment = tiny_study.experiment.with_values({"mixtures": [50], "storage": str(tmp_path)})
     storage = open_storage(tmp_path)
     os.symlink(root / "studies" / "_images", tmp_path / "_images")
     study = Study(storage.child("tiny"))
-    mirror = Mirror(study, Tracking(uri=f"http://127.0.0.1:{free_port()}"), interval=0.1)
-    outcome = run_study(plan_study(experiment, storage), storage, executor="plain", mirror=mirror)
-    assert outcome.exit_code == 0
-    kept = tiny.result_bytes(root / "studies")
-    assert {k: kept[k] for k in tiny.result_bytes(tmp_path)} == tiny.result_bytes(tmp_path)
+    with BadLine(mlflow_server.uri, LINES["down until the study's end"]).open() as line:
+        settings, said, trained = Tracking(uri=line.uri, experiment="later"), Said(), list[int]()
+        for fault in ("refuse", "ok"):
+            line.fault = lambda _, fault=fault: fault
+            outcome = run_study(
+                plan_study(experiment, storage), storage, executor="plain", shown=said,
+                mirror=Mirror(study, settings, interval=0.1), report=lambda s: write_report(s).text(),
+            )  # fmt: skip
+            assert outcome.exit_code == 0
+            trained.append(outcome.trained)
+            found = tiny.result_bytes(tmp_path)
+            kept = tiny.result_bytes(root / "studies")
+            assert found == {k: kept[k] for k in found}
+        assert trained == [1, 0]
+        assert sum("the MLflow mirror is behind" in text for text in said.lines) == 1
+        assert_mirrored_once(study, line.uri, "later")
 
 
 def test_damage_in_the_cursor_loses_nothing_and_repeats_nothing(tiny_study: TinyStudy, tmp_path: Path) -> None:
