@@ -1,4 +1,4 @@
-"""DICOM films: who is on them (source kind ``dicom``) and their grey values.
+"""DICOM films: who is on them (source kind ``dicom``) and their decoding.
 
 In flow a folder whose topmost folders name the findings, or a table; out flow the checked rows, or one film's samples.
 Only the header fields listed here are read: names, dates and other identifying fields stay in the file.  pydicom and
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from raystudy.cohorts.dicom_file import plain_file
 from raystudy.cohorts.dicom_frame import announced, unpack_rle
+from raystudy.cohorts.dicom_grey import grey
 from raystudy.cohorts.manifest import canonical_splits, canonical_views, read_findings, refuse_unknown
 from raystudy.cohorts.settings import DicomSource
 from raystudy.cohorts.tables import SourceTable, checked_rows, path_stays_below, read_text_table, refuse_rows
@@ -215,9 +216,10 @@ def decode_dicom(data: bytes, pixel_cap: int | None = None) -> NDArray[np.uint8]
                 raise StudyError(
                     f"no plug-in can read DICOM compressed as {syntax.name}", remedy="pip install 'raystudy[dicom]'"
                 )
+            native = not syntax.is_encapsulated or syntax == RLE
             if syntax.is_encapsulated:
                 _check_frame(film)
-            return _grey(film)
+            return grey(film, native)
         except (*_DAMAGE, BytesLengthException) as error:
             if any(sign in str(error) for sign in _NO_MEMORY):  # pydicom makes one error of all that a plug-in raises
                 raise MemoryError(str(error)) from error
@@ -308,87 +310,3 @@ def _check_frame(film: Dataset) -> None:
         raise ValueError(f"the header says {columns} × {rows}, its compressed frame {found.width} × {found.height}")
     if found.components != samples:
         raise ValueError(f"the header says {samples} samples a pixel, its compressed frame {found.components}")
-
-
-def _grey(film: Dataset) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    from pydicom.pixels.processing import apply_color_lut
-
-    samples = film.pixel_array
-    if samples.shape[:2] != (int(film.Rows), int(film.Columns)):
-        raise ValueError("animated: its pixel data holds several frames")
-    kind = str(film.PhotometricInterpretation)
-    deep = int(film.BitsStored) > 8
-    full = 65535 if deep else 255
-    if kind == "PALETTE COLOR":
-        samples = apply_color_lut(samples, film)
-        return _luma(samples, 255 if samples.dtype == np.uint8 else 65535)
-    if samples.ndim == 3:  # 8 bits of 8 or 16 of 16: pydicom has turned YBR into RGB
-        return _luma(samples, 2 ** int(film.BitsStored) - 1)
-    if kind not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ValueError(f"photometric interpretation {kind} of one sample a pixel is not known")
-    padded = _padding(samples, film)
-    grey = np.rint(_shown(samples, padded, film) * full)
-    if kind == "MONOCHROME1":
-        grey = full - grey
-    grey[padded] = 0
-    return grey.astype(np.uint16) if deep else grey.astype(np.uint8)
-
-
-def _luma(samples: np.ndarray, white: int) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Return ITU-R 601 luma (weights in 1/65536) of (H, W, 3) samples in 0…white, over 0…255 or 0…65535."""
-    weighted = samples[..., :3].astype(np.uint64) @ np.array([19595, 38470, 7471], np.uint64)
-    full = 255 if white <= 255 else 65535
-    luma = np.minimum((weighted * full // white + (1 << 15)) >> 16, full)
-    return luma.astype(np.uint8) if full == 255 else luma.astype(np.uint16)
-
-
-def _padding(samples: np.ndarray, film: Dataset) -> NDArray[np.bool_]:
-    """True where a sample is padding: one value, or all from it to the limit (PS3.3 C.7.5.1.1.2)."""
-    value, limit = film.get("PixelPaddingValue"), film.get("PixelPaddingRangeLimit")
-    if value is None:
-        return np.zeros(samples.shape, bool)
-    low, high = sorted((int(value), int(value if limit is None else limit)))
-    return (samples >= low) & (samples <= high)
-
-
-def _shown(samples: np.ndarray, padded: np.ndarray, film: Dataset) -> NDArray[np.float64]:
-    """Return the values after modality and VOI transformation, in 0…1."""
-    from pydicom.pixels.processing import apply_modality_lut, apply_voi
-
-    values = apply_modality_lut(samples, film)
-    if film.get("VOILUTSequence"):
-        depth = int(film.VOILUTSequence[0].LUTDescriptor[2])
-        return apply_voi(values, film).astype(np.float64) / (2**depth - 1)
-    values = values.astype(np.float64)
-    center, width = _first_number(film, "WindowCenter"), _first_number(film, "WindowWidth")
-    if center is not None and width is not None:
-        return _windowed(values, center, width, str(film.get("VOILUTFunction") or "LINEAR").upper())
-    bits = int(film.BitsStored)
-    if bits <= 8 and int(film.PixelRepresentation) == 0 and "ModalityLUTSequence" not in film:
-        inside = apply_modality_lut(np.array([0, 2**bits - 1]), film).astype(np.float64)  # a slope may be negative
-    else:
-        inside = values[~padded]
-    low, high = (float(inside.min()), float(inside.max())) if inside.size else (0.0, 0.0)
-    return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros(values.shape)
-
-
-def _first_number(film: Dataset, field: str) -> float | None:
-    value = film.get(field)
-    if value is None or value == "":
-        return None
-    return float(value[0]) if hasattr(value, "__getitem__") and not isinstance(value, str) else float(value)
-
-
-def _windowed(values: NDArray[np.float64], center: float, width: float, function: str) -> NDArray[np.float64]:
-    """Map a window to 0…1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
-    if not (np.isfinite(center) and np.isfinite(width)) or width < (1 if function == "LINEAR" else 1e-9):
-        raise ValueError(f"the window {center}/{width} is not possible")
-    if function == "LINEAR":
-        if width == 1:
-            return (values > center - 0.5).astype(np.float64)
-        return np.clip((values - (center - 0.5)) / (width - 1) + 0.5, 0, 1)
-    if function == "LINEAR_EXACT":
-        return np.clip((values - center) / width + 0.5, 0, 1)
-    if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
-    raise ValueError(f"the VOI LUT function {function} is not known")

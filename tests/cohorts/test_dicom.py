@@ -70,16 +70,81 @@ def test_first_of_several_windows_is_taken_and_signed_samples_are_allowed() -> N
     assert np.allclose(grey / 65535, window(pixels.astype(float), 0, 1000, "LINEAR"), atol=1e-5)
 
 
-def test_voi_lut_goes_before_a_window() -> None:
+def lut(depth: int, entries: Any, first: int = 0, kind: str = "US") -> Any:
     from pydicom.dataset import Dataset
 
     table = Dataset()
-    table.LUTDescriptor = [4096, 0, 12]
-    table.LUTData = np.minimum(np.arange(4096) * 2, 4095).astype("<u2").tolist()
-    table["LUTData"].VR = "US"
-    table["LUTDescriptor"].VR = "US"
-    grey = decoded(VOILUTSequence=[table], WindowCenter=10, WindowWidth=5)
-    assert np.array_equal(grey, np.rint(np.minimum(RAMP.astype(float) * 2, 4095) / 4095 * 65535))
+    table.add_new("LUTDescriptor", kind, [len(entries) % 65536, first, depth])
+    table.add_new("LUTData", "OW" if isinstance(entries, bytes) else "US", entries)
+    return table
+
+
+@pytest.mark.parametrize("depth", [8, 12, 16])
+@pytest.mark.parametrize("rescaling", [{}, {"RescaleSlope": 1, "RescaleIntercept": 0}])
+def test_voi_lut_goes_before_a_window(depth: int, rescaling: dict[str, int]) -> None:
+    full = 2**depth - 1
+    entries = np.minimum(np.arange(4096) * 2 * full // 4095, full).astype("<u2")
+    table = lut(depth, entries.tolist())
+    grey = decoded(VOILUTSequence=[table], WindowCenter=10, WindowWidth=5, **rescaling)
+    assert np.array_equal(grey, np.rint(entries[RAMP] / full * 65535))
+    table.add_new("LUTData", "OW", entries.tobytes())
+    assert np.array_equal(decoded(VOILUTSequence=[table], **rescaling), grey)
+
+
+def test_a_lut_may_begin_at_a_negative_value_and_ends_with_its_last_entry() -> None:
+    pixels = (RAMP.astype(np.int32) - 2048).astype(np.int16)
+    entries = np.arange(0, 3000, 3)  # for the values -500…499
+    grey = decoded(pixels, VOILUTSequence=[lut(12, entries.tolist(), first=-500, kind="SS")])
+    assert np.array_equal(grey, np.rint(entries[np.clip(pixels + 500, 0, 999)] / 4095 * 65535))
+    short = lut(12, [0] * 20)
+    short.add_new("LUTData", "US", [0] * 10)
+    with pytest.raises(ValueError, match="a lookup table holds 10 of 20 entries"):
+        decoded(VOILUTSequence=[short])
+
+
+def test_a_modality_lut_may_be_packed_and_goes_before_the_window() -> None:
+    pixels = (RAMP // 16).astype(np.uint8)
+    packed = lut(8, bytes(255 - k for k in range(256)))
+    assert np.array_equal(decoded(pixels, bits=8, ModalityLUTSequence=[packed], WindowCenter=128, WindowWidth=256),
+                          255 - pixels)  # fmt: skip
+    deep = lut(16, [16 * k for k in range(4096)])
+    grey = decoded(ModalityLUTSequence=[deep], WindowCenter=32768, WindowWidth=65536)
+    assert np.array_equal(grey, RAMP * 16)
+
+
+@pytest.mark.parametrize("fields", [{}, {"WindowCenter": 1000, "WindowWidth": 900}, {"BitsAllocated": 16}])
+@pytest.mark.parametrize("shift", [1, 4])
+def test_samples_may_lie_left_in_their_words(fields: dict[str, Any], shift: int) -> None:
+    left = (RAMP << shift) | 1  # an overlay in the bits that are not stored
+    assert np.array_equal(decoded(left, HighBit=11 + shift, **fields), decoded(**fields))
+    signed = (RAMP.astype(np.int32) - 2048).astype(np.int16)
+    assert np.array_equal(decoded(signed << shift, HighBit=11 + shift, **fields), decoded(signed, **fields))
+    dataset = film(left, HighBit=11 + shift, **fields)
+    dataset.compress("1.2.840.10008.1.2.5", encoding_plugin="pydicom")
+    assert np.array_equal(decode_dicom(written(dataset)), decoded(**fields))
+
+
+@pytest.mark.parametrize("high", [3, 16])
+def test_a_high_bit_that_does_not_fit_is_refused(high: int) -> None:
+    with pytest.raises(ValueError, match=f"its high bit {high} does not fit 12 bits stored of 16 allocated"):
+        decoded(HighBit=high)
+    compressed = film()
+    compressed.compress("1.2.840.10008.1.2.4.90")
+    compressed.HighBit = 15
+    with pytest.raises(ValueError, match="its high bit 15 does not fit"):
+        decode_dicom(written(compressed))
+
+
+@pytest.mark.parametrize("slope", ["NaN", "inf", "1e308", "0", "1e-300"])
+@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 2000, "WindowWidth": 4000}])
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DS")
+def test_an_impossible_rescaling_is_refused(slope: str, bits: int, window: dict[str, int]) -> None:
+    pixels = RAMP if bits == 12 else (RAMP // 16).astype(np.uint8)
+    with pytest.raises(ValueError, match=r"the rescaling with slope .* and intercept 7.0 is not possible"):
+        decoded(pixels, bits=bits, RescaleSlope=slope, RescaleIntercept="7", **window)
+    with pytest.raises(ValueError, match=r"the rescaling with slope 1.0 and intercept (inf|nan) is not possible"):
+        decoded(pixels, bits=bits, RescaleSlope=1, RescaleIntercept="NaN" if window else "inf", **window)
 
 
 def test_padding_is_black_and_does_not_stretch_the_rest() -> None:
