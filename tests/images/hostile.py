@@ -5,14 +5,18 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import cycle
 
 import numpy as np
 from PIL import Image
 
 from raystudy.streams import stream
+from tests.cohorts.dicom_films import deflated, encapsulated, written
+from tests.cohorts.dicom_films import film as dicom_film
 from tests.images.films import chunk, encoded, film, png
 
+JPEG, JPEG_2000, RLE = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.5"
 Hostile = tuple[str, bytes, str]  # name, content, pattern of the reason
 
 
@@ -148,14 +152,68 @@ def _jpeg_without_quantisation(rng: np.random.Generator) -> Hostile:
 
 
 def _dicom_noise(rng: np.random.Generator) -> Hostile:
-    return "a.dcm", bytes(128) + b"DICM" + rng.bytes(int(rng.integers(0, 3000))), "."
+    return "a.dcm", bytes(128) + b"DICM" + rng.bytes(int(rng.integers(0, 3000))), "damaged"
+
+
+def _dicom(rng: np.random.Generator, **fields: object) -> bytes:
+    picture = _rng_film(rng)
+    return written(dicom_film(picture, bits=8, **fields))
+
+
+def _bomb_dicom(rng: np.random.Generator) -> Hostile:
+    side = int(rng.integers(10_001, 65_535))
+    return "a.dcm", _dicom(rng, Rows=side, Columns=side), "decompression bomb: .* the cap is"
+
+
+@cache
+def _deflated_zeros(tag: int) -> bytes:
+    dataset = dicom_film(np.zeros((64, 64), np.uint8), bits=8)
+    dataset.add_new((tag, 0x0010), "LO", "vendor")
+    dataset.add_new((tag, 0x1001), "OB", bytes(20 << 20))
+    return written(deflated(dataset))
+
+
+def _deflated_bomb_dicom(rng: np.random.Generator) -> Hostile:
+    tag, reason = ((0x0009, "says no size"), (0x7FE1, "is larger than its header says"))[int(rng.integers(2))]
+    return "a.dcm", _deflated_zeros(tag), f"decompression bomb: the deflated data set {reason}"
+
+
+def _rle_bomb_dicom(rng: np.random.Generator) -> Hostile:
+    picture = _rng_film(rng)
+    segment = (b"\x81" + rng.bytes(1)) * int(rng.integers(picture.size + 9, 3 * picture.size))
+    frame = struct.pack("<16I", 1, 64, *[0] * 14) + segment
+    return "a.dcm", encapsulated(frame, RLE, picture, bits=8), "decompression bomb: an RLE segment"
+
+
+def _other_frame_dicom(rng: np.random.Generator) -> Hostile:
+    picture = _rng_film(rng)
+    kind, syntax = (("JPEG", JPEG), ("JPEG2000", JPEG_2000))[int(rng.integers(2))]
+    frame = encoded(film(rng, 121, 121), kind)
+    return "a.dcm", encapsulated(frame, syntax, picture, bits=8), "damaged: the header says .* frame 121 × 121"
+
+
+def _several_frames_dicom(rng: np.random.Generator) -> Hostile:
+    n = int(rng.integers(2, 99))
+    return "a.dcm", _dicom(rng, NumberOfFrames=n), f"^animated: {n} frames"
+
+
+def _cut_dicom(rng: np.random.Generator) -> Hostile:
+    data = _dicom(rng)
+    return "a.dcm", data[: len(data) - int(rng.integers(2, 1500))], "^truncated: "
+
+
+def _no_pixels_dicom(rng: np.random.Generator) -> Hostile:
+    dataset = dicom_film(_rng_film(rng), bits=8)
+    del dataset[str(rng.choice(["PixelData", "Rows", "Columns"]))]
+    return "a.dcm", written(dataset), "damaged: it holds no image"
 
 
 KINDS: tuple[Callable[[np.random.Generator], Hostile], ...] = (
     _cut_png, _cut_jpeg, _zero_bytes, _zeros, _noise, _page, _wrong_extension, _other_format, _bomb_png,
     _true_bomb_png, _bomb_jpeg, _cmyk, _animated_png, _several_jpegs, _too_small, _flipped_bit, _too_few_rows,
     _no_deflate, _no_palette, _impossible_depth, _no_pixels, _text_bomb, _jpeg_kind, _jpeg_without_quantisation,
-    _dicom_noise,
+    _dicom_noise, _bomb_dicom, _deflated_bomb_dicom, _rle_bomb_dicom, _other_frame_dicom, _several_frames_dicom,
+    _cut_dicom, _no_pixels_dicom,
 )  # fmt: skip
 
 

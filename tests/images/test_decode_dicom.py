@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.pixels import get_decoder
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     ComputedRadiographyImageStorage,
     DeflatedExplicitVRLittleEndian,
@@ -38,7 +38,7 @@ def dicom(samples: np.ndarray, compress: str = "", deflated: bool = False, **fie
     meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    data = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
     data.Modality, data.PhotometricInterpretation, data.SamplesPerPixel = "CR", "MONOCHROME2", 1
     data.Rows, data.Columns = samples.shape
     bits = samples.dtype.itemsize * 8
