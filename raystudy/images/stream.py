@@ -7,10 +7,12 @@ keeps in memory what is being read and drops what is not.  The first trial on a 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -78,24 +80,38 @@ def open_pixels(
 
 
 def map_pixels(storage: Storage, key: str, image_ids: Sequence[str], folder: Path | None = None) -> StreamedArray:
-    """Return the films as a read-only memory map of a file on this node, built when it is not there.
+    """Return the films as a read-only memory map of a file on this node, built when it is not there or not whole.
 
     Raises
     ------
-    StudyError : no room for the file.
+    StudyError : no room for the file, or a folder that another user made or may write to.
     """
     place = folder or Path(tempfile.gettempdir()) / f"raystudy-films-{os.getuid()}"
-    place.mkdir(parents=True, exist_ok=True)
+    _make_own(place)
     ids, size = tuple(image_ids), size_of(key)
     digest = hashlib.sha256("\n".join((storage.uri, key, *ids)).encode()).hexdigest()[:16]
     target = place / f"{key}-{digest}.u8"
     with (place / f"{key}-{digest}.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first trial on the node builds
-        if not target.exists():
+        if not target.exists() or target.stat().st_size != len(ids) * size * size:
             _build(storage, key, ids, target, size)
     os.utime(target)
     pixels: NDArray[np.uint8] = np.memmap(target, np.uint8, mode="r", shape=(len(ids), size, size))
     return StreamedArray(ids, pixels, storage, key, folder)
+
+
+def _make_own(folder: Path) -> None:
+    """Make a folder for this user alone; in a folder for all, another could have made it first and fill in films."""
+    with contextlib.suppress(FileExistsError):  # a file, or a link to nowhere: refused below
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise StudyError(
+            "films are not streamed from this folder: it is a link, another user's, or others may write to it",
+            where=str(folder),
+            remedy="remove it, or set TMPDIR to a folder of your own on the node",
+        )
+    folder.chmod(0o700)
 
 
 def _build(storage: Storage, key: str, ids: tuple[str, ...], target: Path, size: int) -> None:

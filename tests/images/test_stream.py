@@ -95,13 +95,56 @@ def test_a_build_that_was_cut_off_is_built_again(store: tuple[Storage, str], tmp
     )
 
 
+@pytest.mark.parametrize("size", [0, 30 * 32 * 32 - 1, 30 * 32 * 32 + 4096])
+def test_a_file_of_another_size_is_built_again(store: tuple[Storage, str], tmp_path: Path, size: int) -> None:
+    storage, key = store
+    path = Path(str(stream.map_pixels(storage, key, IDS, tmp_path / "node").pixels.filename))
+    os.truncate(path, size)
+    np.testing.assert_array_equal(
+        stream.map_pixels(storage, key, IDS, tmp_path / "node").pixels, load_pixels(storage, key, IDS).pixels
+    )
+
+
+def test_the_folder_of_the_films_is_this_users_alone(
+    store: tuple[Storage, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream.tempfile, "gettempdir", lambda: str(tmp_path))
+    node = tmp_path / f"raystudy-films-{os.getuid()}"
+    stream.map_pixels(*store, IDS)
+    assert node.stat().st_mode & 0o777 == 0o700
+    node.chmod(0o755)  # made by an earlier version
+    stream.map_pixels(*store, IDS)
+    assert node.stat().st_mode & 0o777 == 0o700
+
+    def refused() -> None:
+        with pytest.raises(StudyError, match="another user's") as refusal:
+            stream.map_pixels(*store, IDS)
+        assert str(node) in str(refusal.value)
+        assert "TMPDIR" in refusal.value.remedy
+
+    node.chmod(0o777)
+    refused()
+    node.rename(tmp_path / "other")
+    (tmp_path / "other").chmod(0o700)
+    node.symlink_to(tmp_path / "other")
+    refused()
+    node.unlink()
+    node.write_bytes(b"")
+    refused()
+    node.unlink()
+    node.mkdir(mode=0o700)
+    if os.getuid() == 0:
+        os.chown(node, 65534, 65534)
+        refused()
+
+
 def test_files_that_nobody_used_for_long_are_removed_when_another_is_built(
     store: tuple[Storage, str], tmp_path: Path
 ) -> None:
     storage, key = store
     node = tmp_path / "node"
     old, cut, recent = (node / name for name in ("old.u8", "cut.aside", "recent.u8"))
-    node.mkdir()
+    node.mkdir(mode=0o700)
     for path, days in ((old, stream.KEPT_DAYS + 1), (cut, stream.KEPT_DAYS + 1), (recent, stream.KEPT_DAYS - 1)):
         path.write_bytes(b"films")
         os.utime(path, (time.time() - days * 86400,) * 2)
