@@ -22,7 +22,7 @@ LABELS = (
 )  # fmt: skip
 FINDINGS = {label: str(canonical_finding(label)) for label in LABELS}
 PATH, ORIENTATION, VIEW = "Path", "Frontal/Lateral", "AP/PA"
-_FILE = r"(?P<patient>patient[0-9]+)/study[0-9]+/view[0-9]+_(?:frontal|lateral)\.jpg"
+_FILE = r"patient(?P<patient>[0-9]+)/study[0-9]+/view[0-9]+_(?:frontal|lateral)\.jpg"
 _PATH = rf"[^/\\]+/(?P<original>(?:train|valid|test)/{_FILE})"
 
 
@@ -97,7 +97,8 @@ def _table(root: Storage, path: str, split: str) -> pd.DataFrame:
         {
             "path": parts["original"],
             "original": parts["original"],
-            "patient": parts["patient"],
+            # patient1 and patient00001 are one
+            "patient": "patient" + parts["patient"].str.lstrip("0").str.zfill(5),
             "view": view,
             "split": pd.Series(split, index=frame.index, dtype="str"),
             **flag_masks(frame, FINDINGS, where),

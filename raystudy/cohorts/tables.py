@@ -2,14 +2,17 @@
 
 In flow CSV (also gzip) or Parquet bytes; out flow text columns, and after checking the rows of one source: image_id,
 patient_id, uri, view, split, and the findings as bit masks (found, uncertain, negated).  A row that breaks a rule is
-named with the rule; nothing is repaired, guessed or left out silently.
+named with the rule; nothing is repaired, guessed or left out silently.  A cell of a CSV table holds no line break: a
+quote too many in one row would otherwise take the next rows into its cell, also in a column that nobody reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
+import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Mapping
@@ -29,6 +32,7 @@ from raystudy.storage import Storage, open_storage
 
 SHOWN_ROWS = 5
 LARGEST_TABLE = 2 << 30  # bytes after unpacking
+CELL_BYTES = 8  # what a cell takes at least, however short its text
 HEADER_BYTES = 1 << 18  # within which the header and the first row end
 VIEWS = {
     "": "", "AP": "AP", "PA": "PA", "LATERAL": "LATERAL", "LAT": "LATERAL", "LL": "LATERAL", "RL": "LATERAL",
@@ -62,7 +66,8 @@ def read_text_table(storage: Storage, path: str, columns: Iterable[str], separat
 
     Raises
     ------
-    StudyError : no such file, not a table, a column that is missing or stands twice, a row of another length.
+    StudyError : no such file, not a table, a column that is missing or stands twice, a row of another length, a line
+        break in a cell of CSV, more than ``LARGEST_TABLE`` bytes of text.
     """
     where = storage.address(path)
     try:
@@ -88,9 +93,15 @@ def _unpacked(data: bytes, where: str) -> bytes:
             text = file.read(LARGEST_TABLE)
     except (zlib.error, EOFError, OSError) as error:
         raise StudyError(f"the gzip file is damaged: {error}", where=where, remedy="fetch it again") from None
-    if len(text) >= LARGEST_TABLE:
-        raise StudyError("the table is larger than 2 GiB", where=where, remedy="split it, or use Parquet")
+    _check_size(len(text) + 1, where)
     return text
+
+
+def _check_size(size: int, where: str) -> None:
+    if size > LARGEST_TABLE:
+        raise StudyError(
+            "the table is larger than 2 GiB when unpacked", where=where, remedy="split it, or check where it comes from"
+        )
 
 
 def _csv(data: bytes, wanted: list[str], where: str, delimiter: str) -> pd.DataFrame:
@@ -137,7 +148,27 @@ def _csv(data: bytes, wanted: list[str], where: str, delimiter: str) -> pd.DataF
         raise StudyError(
             f"{len(odd)} rows have another number of cells: {shown}", where=where, remedy="quote the cells"
         )
+    lines = sum(map(bool, data.splitlines()))  # bytes split at line breaks only, as CSV does
+    if lines != table.num_rows + 1:
+        raise StudyError(
+            f"a cell holds a line break, or a quote is not closed{_broken_cell(data, delimiter)}",
+            where=where,
+            remedy="mend the quotes; write line breaks in cells as blanks, or the table as Parquet",
+        )
     return _stripped(table.to_pandas())
+
+
+def _broken_cell(data: bytes, delimiter: str) -> str:
+    """Say where the first cell with a line break begins."""
+    lines = (line.decode(errors="replace") for line in data.splitlines(keepends=True) if line.strip(b"\r\n"))
+    reader, rows = csv.reader(lines, delimiter=delimiter), 0
+    with contextlib.suppress(csv.Error):  # a cell without end: pyarrow took it, so it ends with the file
+        for cells in reader:
+            rows += 1
+            if reader.line_num != rows:
+                broken = next(cell for cell in cells if "\n" in cell or "\r" in cell)
+                return f": row {rows - 1}: {broken[:80]!r}"
+    return ""
 
 
 def _first_records(data: bytes, delimiter: str, where: str) -> tuple[list[str], int]:
@@ -170,13 +201,34 @@ def _parquet(data: bytes, wanted: list[str], where: str, separator: str) -> pd.D
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
         _check_columns(file.schema_arrow.names, wanted, where)
-        table = file.read(columns=wanted)
+        leaves = [
+            (k, file.schema.column(k).path)
+            for k in range(len(file.schema))
+            if any(f"{file.schema.column(k).path}.".startswith(f"{name}.") for name in wanted)
+        ]
+        groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
+        chunks = [group.column(k) for group in groups for k, _ in leaves]
+        _check_size(sum(max(chunk.total_uncompressed_size, CELL_BYTES * chunk.num_values) for chunk in chunks), where)
+        # A text that stands in many rows is one text in a dictionary: its size there is known before it takes room.
+        texts = [path for k, path in leaves if file.schema.column(k).physical_type == "BYTE_ARRAY"]
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=texts).read(columns=wanted)
+        _check_size(sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks), where)
     except (pyarrow.ArrowException, OSError) as error:
         raise StudyError(
             f"this cannot be read as Parquet: {str(error).splitlines()[0][:200]}", where=where, remedy="write it again"
         ) from None
     frame = pd.DataFrame({name: _as_text(table.column(name), name, where, separator) for name in wanted}, dtype="str")
     return _stripped(frame)
+
+
+def _text_bytes(values: pyarrow.Array) -> int:
+    """Return how long the texts of a dictionary, or of lists of them, are together; 0 for other values."""
+    while pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+        values = values.flatten()
+    if not isinstance(values, pyarrow.DictionaryArray):
+        return 0
+    lengths = pc.call_function("binary_length", [values.dictionary]).cast(pyarrow.int64())
+    return pc.call_function("sum", [lengths.take(values.indices)]).as_py() or 0
 
 
 def _as_text(column: pyarrow.ChunkedArray, name: str, where: str, separator: str) -> pd.Series:
@@ -343,6 +395,7 @@ def checked_rows(
         raise StudyError(
             _described(error.failure_cases, raw), where=where, remedy="mend these rows, or leave them out"
         ) from None
+    _check_spellings(raw, where)
     raw = raw.assign(split=raw["split"].mask(raw["original"].duplicated(keep=False), "unused"))
     _check_given_splits(raw, where)
     root = open_storage(folder.uri).uri.rstrip("/") + "/"
@@ -370,6 +423,29 @@ def _described(cases: pd.DataFrame, raw: pd.DataFrame) -> str:
         shown = raw[column] if column in ("path", "original", "patient") else raw["original"]
         lines.append(_failing_rows(str(rule), shown.loc[places]))
     return "; ".join(lines)
+
+
+def _check_spellings(raw: pd.DataFrame, where: str) -> None:
+    """A patient that is written in two ways would be taken for two, of whom one may be trained and one tested on."""
+    first = raw["patient"].drop_duplicates()
+    folded = pd.Series([_folded(str(patient)) for patient in first], index=first.index)
+    twice = folded.duplicated(keep=False)
+    if twice.any():
+        groups = [group for _, group in first[twice].groupby(folded[twice], sort=False)]
+        shown = "; ".join(
+            " and ".join(f"{str(group[row])[:80]!r} (row {int(row) + 1})" for row in group.index[:3])
+            for group in groups[:SHOWN_ROWS]
+        )
+        raise StudyError(
+            f"{len(groups)} patients seem to be written in two ways: {shown}",
+            where=where,
+            remedy="write each patient in one way: capitals, leading zeros and a final .0 do not tell patients apart",
+        )
+
+
+def _folded(patient: str) -> str:
+    number = re.fullmatch(r"0*([0-9]+?)(\.0+)?", patient)
+    return number.group(1) if number else patient.casefold()
 
 
 def _check_given_splits(raw: pd.DataFrame, where: str) -> None:

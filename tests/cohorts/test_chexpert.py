@@ -57,6 +57,12 @@ def test_labels_patients_and_views_are_read(tmp_path: Path) -> None:
     assert rows["patient_id"].tolist() == ["H2:patient00001", "H2:patient00001", "H2:patient33093", "H2:patient64541"]
 
 
+def test_one_patient_written_in_two_ways_is_one_patient(tmp_path: Path) -> None:
+    films = [f"CheXpert-v1.0/train/{patient}/study1/view1_frontal.jpg" for patient in ("patient00001", "patient1")]
+    write(tmp_path, train=[line(film, Edema="1.0") for film in films])
+    assert read(tmp_path).rows["patient_id"].tolist() == ["H2:patient00001", "H2:patient00001", "H2:patient64541"]
+
+
 def test_official_valid_films_are_test_films_only_when_asked(tmp_path: Path) -> None:
     write(tmp_path)
     assert read(tmp_path).rows["split"].tolist() == ["", "", "", "unused"]

@@ -354,6 +354,12 @@ def test_films_of_a_linked_folder_are_read_too(folder: Path) -> None:
     assert read(folder).rows["image_id"].tolist() == ["H1/normal/c.dcm", "H1/pneumonia/a.dcm", "H1/pneumonia/b.dcm"]
 
 
+def test_a_patient_in_two_spellings_is_refused(folder: Path) -> None:
+    (folder / "normal" / "c.dcm").write_bytes(written(film(PatientID="A")))
+    with pytest.raises(StudyError, match=r"'A' \(row 1\) and 'a' \(row 2\)"):
+        read(folder)
+
+
 def test_headers_that_are_longer_than_the_first_read_are_read_whole(folder: Path) -> None:
     long = film(PatientID="a", ViewPosition="PA", ImageComments="x" * 10_000)
     long.add_new((0x0009, 0x0010), "LO", "vendor")

@@ -67,6 +67,22 @@ def repeated_column(films: pd.DataFrame, rng: Rng) -> bytes:
     return csv(films).replace(b"note", name.encode(), 1)
 
 
+def stray_quotes(films: pd.DataFrame, rng: Rng) -> bytes:
+    """Two neighbouring rows begin a quoted cell in a column that nobody reads: they could be read as one."""
+    films = films.copy()
+    place = int(rng.integers(len(films) - 1))
+    films.loc[[place, place + 1], "note"] = "STRAY"
+    return csv(films).replace(b"STRAY", b'"as sent')
+
+
+def two_spellings(films: pd.DataFrame, rng: Rng) -> bytes:
+    ids = [("12", "12.0"), ("0012", "12"), ("P12", "p12"), ("007.0", "7"), ("0", "000")][int(rng.integers(5))]
+    films = films.copy()
+    for place, patient in zip(rng.permutation(len(films))[:2], ids, strict=True):
+        films.loc[int(place), "patient"] = patient
+    return csv(films)
+
+
 def cut_gzip(films: pd.DataFrame, rng: Rng) -> bytes:
     data = gzip.compress(csv(films))
     return data[: int(rng.integers(20, len(data) - 4))]
@@ -145,6 +161,8 @@ ATTACKS: dict[str, tuple[Callable[[pd.DataFrame, Rng], bytes], str]] = {
     "a short row": (line(lambda row: row.rsplit(b",", 2)[0]), "another number of cells"),
     "a long row": (line(lambda row: row + b",more,cells"), "another number of cells"),
     "half a table": (line(lambda row: row[: len(row) // 3]), "another number of cells"),
+    "stray quotes": (stray_quotes, "a cell holds a line break, or a quote is not closed: row "),
+    "a patient in two spellings": (two_spellings, "1 patients seem to be written in two ways: '"),
     "cut gzip": (cut_gzip, "gzip"),
     "flipped gzip": (flipped_gzip, "gzip"),
     "cut parquet": (cut_parquet, "Parquet"),
@@ -204,6 +222,31 @@ def test_a_table_that_unpacks_to_more_than_the_limit_is_refused(
     monkeypatch.setattr(tables, "LARGEST_TABLE", size // 2)
     with pytest.raises(StudyError, match="larger than 2 GiB"):
         build(sources)
+
+
+@pytest.mark.parametrize("kind", ["texts", "lists", "plain", "numbers"])
+def test_a_parquet_table_of_more_than_the_limit_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    rows, text = 200_000, "x" * 500
+    column = pyarrow.DictionaryArray.from_arrays(np.zeros(rows, np.int32), [text])
+    if kind == "lists":
+        column = pyarrow.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32), column)
+    elif kind == "plain":
+        column = column.cast(pyarrow.string())
+    elif kind == "numbers":
+        column = pyarrow.array(np.zeros(20 * rows, np.int64))
+    names = dict.fromkeys(("file", "patient", "view", "findings", "split"), column)
+    path = tmp_path / "bomb.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(names), path, compression="zstd", use_dictionary=kind != "plain")
+    assert path.stat().st_size < 1_000_000
+    monkeypatch.setattr(tables, "LARGEST_TABLE", 100_000_000)
+    films_of("b").to_csv(tmp_path / "good.csv", index=False)
+    pool = pyarrow.default_memory_pool()
+    before = pool.max_memory()
+    with pytest.raises(StudyError, match="larger than 2 GiB"):
+        build({"H1": manifest(tmp_path, "bomb.parquet"), "H2": manifest(tmp_path, "good.csv")})
+    assert pool.max_memory() - before < 100_000_000
 
 
 @pytest.mark.parametrize("table", ["../good.csv", "/etc/passwd", "folder", "a//b.csv", ""])

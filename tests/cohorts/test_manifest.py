@@ -67,7 +67,7 @@ def test_columns_that_are_no_text_are_refused_by_name(tmp_path: Path, values: li
     [
         lambda t: b"\xef\xbb\xbf" + t,
         lambda t: t.replace(b"\n", b"\r\n"),
-        lambda t: t.replace(b"as sent", b'"quoted, with\na line break"'),
+        lambda t: t.replace(b"as sent", b'"quoted, with ""quotes"""'),
         lambda t: b"\n".join([t.split(b"\n")[0], *sorted(t.strip().split(b"\n")[1:], reverse=True)]),
         lambda t: t.replace(b"Effusion|Edema", b" pleural effusion | EDEMA "),
         lambda t: t.replace(b"\na/", b"\n./a/"),
@@ -76,7 +76,7 @@ def test_columns_that_are_no_text_are_refused_by_name(tmp_path: Path, values: li
     ids=[
         "byte order mark",
         "carriage returns",
-        "line breaks in cells",
+        "quotes in cells",
         "order",
         "spelling",
         "dot paths",
@@ -86,6 +86,32 @@ def test_columns_that_are_no_text_are_refused_by_name(tmp_path: Path, values: li
 def test_harmless_differences_change_nothing(tmp_path: Path, clean: SourceTable, change: object) -> None:
     (tmp_path / "odd.csv").write_bytes(change((tmp_path / "clean.csv").read_bytes()))  # pyright: ignore[reportCallIssue]
     pd.testing.assert_frame_equal(read(tmp_path, "odd.csv").rows, clean.rows)
+
+
+def test_a_line_break_in_a_cell_is_refused_by_its_row_also_where_nobody_reads(tmp_path: Path) -> None:
+    head = "file,patient,findings,comment\n"
+    columns = {"image": "file", "patient": "patient", "findings": "findings"}
+    for rows, first in (
+        ('a.png,p1,Edema,"oops\nb.png,p2,Pneumonia,"fine\nc.png,p3,No Finding,x\n', r"row 1: 'oops\\nb\.png"),
+        ('a.png,p1,Edema,x\n\nb.png,p2,Edema,"one\n\ntwo"\n', "row 2: 'one"),
+        ('a.png,p1,Edema,"one\r\ntwo"\r\n', "row 1: 'one"),
+    ):
+        (tmp_path / "t.csv").write_bytes((head + rows).encode())
+        with pytest.raises(StudyError, match=f"a cell holds a line break, or a quote is not closed: {first}"):
+            read(tmp_path, "t.csv", columns=columns)
+
+
+def test_a_patient_in_two_spellings_is_refused_with_both(tmp_path: Path) -> None:
+    def spelled(*patients: str) -> SourceTable:
+        rows = "".join(f"{number}.png,{patient},Edema\n" for number, patient in enumerate(patients))
+        (tmp_path / "t.csv").write_text("file,patient,findings\n" + rows)
+        return read(tmp_path, "t.csv", columns={"image": "file", "patient": "patient", "findings": "findings"})
+
+    for one, other in (("12", "12.0"), ("P12", "p12"), ("0012", "12"), ("00", "0.0"), ("straße", "STRASSE")):
+        with pytest.raises(StudyError, match=rf"1 patients .* '{one}' \(row 1\) and '{other}' \(row 3\)"):
+            spelled(one, "7", other, one)
+    different = ["12", "120", "12.5", "1.20", "P12", "P012", "P12.0", "10", "1"]
+    assert spelled(*different).rows["patient_id"].tolist() == [f"H1:{patient}" for patient in different]
 
 
 def test_findings_from_flags_joined_labels_and_uncertain_labels_come_together(tmp_path: Path) -> None:
