@@ -2,7 +2,7 @@
 
 A copy of the package is changed by one text replacement at a time and the tests of that room run on it.  The table
 names the first test that failed; a mutation that no test notices, or whose text is not in the code (once), is an error.
-Rules are numbered as in the method's list of tests (method.md e).
+Rules are numbered as in the method's list of tests (method.md e); 21 is the loop that puts them together (a.3).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.table import Column, Table
 ROOT = Path(__file__).parents[1]
 RELEVANCE, PROTOPNET, EVALUATE = "tests/relevance", "tests/protopnet", "tests/evaluate"
 PAIRS = "tests/test_explanation_faithfulness.py"
+LOOP = "tests/test_trial_numbers.py"
 
 
 class Mutation(NamedTuple):
@@ -534,6 +535,101 @@ MUTATIONS = [
         "np.argsort(table[by_name, j]",
         "np.argsort(-table[by_name, j]",
         RELEVANCE,
+    ),
+    Mutation(
+        21,
+        "labels of other films",
+        "trial.py",
+        "loss_terms(output, films.labels[index]",
+        "loss_terms(output, films.labels[index.flip(0)]",
+        LOOP,
+    ),
+    Mutation(
+        21,
+        "last layer: labels of other films",
+        "trial.py",
+        "last_layer_loss(logits, films.labels[index]",
+        "last_layer_loss(logits, films.labels[index.flip(0)]",
+        LOOP,
+    ),
+    Mutation(
+        21,
+        "wrong predictions counted",
+        "trial.py",
+        "(logits.argmax(dim=1) == self.val_films.labels)",
+        "(logits.argmax(dim=1) != self.val_films.labels)",
+        LOOP,
+    ),
+    Mutation(
+        21,
+        "last layer's step by another optimiser",
+        "trial.py",
+        'self.optimizers["last_layer"]',
+        'self.optimizers["warm"]',
+        LOOP,
+    ),
+    Mutation(
+        21,
+        "last layer trained on scores from before the projection",
+        "trial.py",
+        "        record = project_features(self.model, train, self.train_films.labels, self.train_films.ids)\n"
+        "        self.at.record = dataclasses.asdict(record)\n"
+        '        self.scores = {"val": self.compare(val)}  # N, P\n'
+        "        if self.shown_films is self.train_films:\n"
+        '            self.scores["shown"] = self.compare(train)\n',
+        "        stale = self.compare(train)\n"
+        "        record = project_features(self.model, train, self.train_films.labels, self.train_films.ids)\n"
+        "        self.at.record = dataclasses.asdict(record)\n"
+        '        self.scores = {"val": self.compare(val), "shown": stale}\n',
+        LOOP,
+    ),
+    Mutation(
+        21,
+        "films never shuffled",
+        "trial.py",
+        'self.stream("order", stage, *epoch).permutation(len(self.shown_films))',
+        "np.arange(len(self.shown_films))",
+        LOOP,
+    ),
+    Mutation(
+        21,
+        "float32 where bf16 is asked for",
+        "trial.py",
+        "torch.bfloat16, enabled=bf16)",
+        "torch.bfloat16, enabled=False)",
+        LOOP,
+    ),
+    Mutation(
+        21,
+        "rates of the schedule never set",
+        "trial.py",
+        "        set_learning_rates(optimizer, self.at.epoch, self.settings)\n",
+        "",
+        LOOP,
+    ),
+    Mutation(
+        21,
+        "rates of the next epoch",
+        "trial.py",
+        "set_learning_rates(optimizer, self.at.epoch, ",
+        "set_learning_rates(optimizer, self.at.epoch + 1, ",
+        LOOP,
+    ),
+    Mutation(
+        21,
+        "trained in eval-mode batch norm",
+        "trial.py",
+        "set_stage(self.model, stage, self.settings)",
+        "set_stage(self.model, stage, self.settings)\n        self.model.eval()",
+        LOOP,
+    ),
+    Mutation(
+        21,
+        "moments forgotten after every epoch",
+        "trial.py",
+        "self.shown_films, self.optimizers[stage],",
+        "self.shown_films, build_optimizers(self.model, self.settings)[stage],",
+        LOOP,
     ),
 ]
 
