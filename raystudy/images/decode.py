@@ -26,7 +26,7 @@ from raystudy.errors import StudyError
 from raystudy.images.headers import Header, Unreadable, check_png_rows, read_header
 from raystudy.images.settings import ImageSettings
 
-DECODER_VERSION = 2  # raised when a change moves pixels; part of the image store's key
+DECODER_VERSION = 2  # raised, with NUMERICS_VERSION, when a change moves pixels; part of the image store's key
 SMALLEST_SIDE = 16
 
 # The cap is checked on the header below, before Pillow sees the file; Pillow's own cap only warns in between.
