@@ -2,7 +2,8 @@
 
 A trial's time is put together from the parts that dominate it: training steps, evaluation passes, last-layer steps,
 maps and masked forwards of the explanations.  Each part is measured for a second or two on this machine with the
-trials' own networks; where the trials ask for a GPU and there is none here, the time is unknown.
+trials' own networks; where the trials ask for a GPU and there is none here, the time is unknown.  Decoding goes by the
+size of the originals, which is known of phantoms and of NIH's films and assumed of others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from raystudy.augmentation import COPIES
+from raystudy.cohorts.settings import NihSource, PhantomSource
 from raystudy.config import Experiment
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
 from raystudy.protopnet import ProtoPNet
@@ -26,7 +28,10 @@ MEASURE_SECONDS = 0.8
 PIXELS_A_STEP = 400_000  # of a measured step: eight films of 224 px
 FIXED_SECONDS = 30.0  # imports here and in the workers, starting Ray and Ray Data, the report
 TRIAL_SECONDS = 1.2  # files, scheduling and reading of one trial and its explanation jobs
-PREPARE_RATE = 300.0  # films a second and core, decoded or rendered
+# 103 films of 1024 px a second on two cores from S3 (docs/performance.md), 80 a core by the decoder alone.
+FILM_SECONDS = 0.003  # to fetch and store a film, on one core
+PIXEL_RATE = 64e6  # pixels of the originals decoded a second, on one core
+ASSUMED_SIZE = 1024  # pixels a side of originals whose size is not known before they are read
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Cost:
     seconds: float | None  # None: unknown hardware
     concurrent: int | None
     why_unknown: str = ""
+    assumed_size: str = ""  # the sources whose originals are taken to be of ASSUMED_SIZE
 
 
 def estimate(plan: StudyPlan, measure: bool = True) -> Cost:
@@ -84,8 +90,21 @@ def estimate(plan: StudyPlan, measure: bool = True) -> Cost:
         training_work(t).at(seconds[_kind(t)]) + explanation_work(t).at(seconds[_kind(t)]) + TRIAL_SECONDS
         for t in trials
     )
-    prepare = films * len(sizes) / (PREPARE_RATE * _cores())
-    return Cost(n, steps, storage, FIXED_SECONDS + prepare + work / concurrent, concurrent)
+    originals, assumed = _originals(plan)
+    prepare = len(sizes) * sum(n * (FILM_SECONDS + size**2 / PIXEL_RATE) for n, size in originals) / _cores()
+    total = FIXED_SECONDS + prepare + work / concurrent
+    return Cost(n, steps, storage, total, concurrent, assumed_size=", ".join(assumed))
+
+
+def _originals(plan: StudyPlan) -> tuple[list[tuple[int, int]], list[str]]:
+    """Return (films, pixels a side) of each source, and the sources of which the size is only assumed."""
+    films, found, assumed = plan.image_table["source"].value_counts(), list[tuple[int, int]](), list[str]()
+    for name, source in plan.experiment.sources.items():
+        known = isinstance(source, PhantomSource | NihSource)
+        size = source.settings.size if isinstance(source, PhantomSource) else ASSUMED_SIZE  # NIH's are 1024 px
+        found.append((int(films.get(name, 0)), size))
+        assumed += [] if known else [name]
+    return found, assumed
 
 
 def _concurrent(experiment: Experiment, trials: int) -> int:

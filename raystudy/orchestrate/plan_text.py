@@ -15,7 +15,7 @@ from raystudy.cohorts.have_need import CLASS_NAMES
 from raystudy.cohorts.planning import Attainable, CohortPlan, attainable, plan_cohorts
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
-from raystudy.orchestrate.cost import Cost, estimate
+from raystudy.orchestrate.cost import ASSUMED_SIZE, Cost, estimate
 from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.search import search_experiment
 from raystudy.status_text import clock
@@ -158,6 +158,8 @@ def _print_plan(plan: StudyPlan, variants: list[Variant], cost: Cost, warnings: 
         time = f"unknown ({cost.why_unknown})"
     else:
         time = f"about {clock(cost.seconds)} here, {cost.concurrent} trials at a time (measured just now)"
+    if cost.assumed_size:
+        time += f"; the originals of {cost.assumed_size} are taken to have {ASSUMED_SIZE} × {ASSUMED_SIZE} pixels"
     console.print(f"time: {time}", soft_wrap=True)
     for warning in warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)

@@ -14,6 +14,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from raystudy.config import load_experiment
 from raystudy.explanation import JOBS, explain_trial
 from raystudy.images.array import ImageArray
 from raystudy.images.decode import decode_film
@@ -23,6 +24,7 @@ from raystudy.protopnet import ProtoPNet
 from raystudy.relevance import PrototypeExplainer
 from raystudy.storage import Storage, open_storage
 from raystudy.trial import run_trial
+from tests.cohorts.hospitals import shared
 from tests.orchestrate import tiny
 
 
@@ -116,3 +118,46 @@ def test_steps_count_every_copy_of_a_film(films: Path, tmp_path: Path) -> None:
         for change in ("training.augmentation=none", "training.augmentation=published")
     ]
     assert steps == [24 // 8, 24 * 30 // 8]
+
+
+def test_decoding_goes_by_the_size_of_the_originals(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """103 films of 1024 px a second on two cores from S3 (docs/performance.md); of small ones many times as many."""
+    monkeypatch.setattr(cost, "_measure", lambda *_: cost.Work())
+    monkeypatch.setattr(cost, "_cores", lambda: 2)
+
+    def decoding(**more: Any) -> tuple[float, int, str]:
+        plan = plan_study(tiny.experiment(films, tmp_path, **more), open_storage(tmp_path))
+        found = cost.estimate(plan)
+        assert found.seconds is not None
+        n = len(plan.image_table)
+        return n / (found.seconds - cost.FIXED_SECONDS - 3 * cost.TRIAL_SECONDS / 2), n, found.assumed_size
+
+    rate, _, assumed = decoding()
+    assert rate == pytest.approx(103, rel=0.05)
+    assert assumed == "H1, H2"
+    phantoms = {h: {"kind": "phantom", "settings": {"look": h, "size": 128}} for h in ("north", "south")}
+    rate, _, assumed = decoding(sources={"H1": phantoms["north"], "H2": phantoms["south"]})
+    assert (rate > 500, assumed) == (True, "")
+
+
+# Seconds of an image trained on, an image evaluated, a last-layer step and a map on the machine of docs/performance.md:
+# their proportions measured part by part while other programs ran, all scaled so that the plans say what they said
+# there on the quiet machine (4:24 and 15:05, 25 November 2026).
+DEMO = cost.Work(train=0.00489, evaluate=0.00289, last_layer=0.00026, maps=0.00542)
+XRAY_SAMPLE = cost.Work(train=0.00996, evaluate=0.0061, last_layer=0.00029, maps=0.01178)
+
+
+@pytest.mark.parametrize(("name", "rates", "took"), [("demo", DEMO, 235), ("xray_sample", XRAY_SAMPLE, 914)])
+def test_the_examples_are_estimated_as_they_were_measured(
+    name: str, rates: cost.Work, took: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``took``: seconds of the whole command `raystudy run` on the same machine of two cores, once."""
+    monkeypatch.setattr(cost, "_measure", lambda *_: rates)
+    monkeypatch.setattr(cost, "_cores", lambda: 2)
+    root = [f"sources.{h}.root={shared('data', 'xray')}" for h in ("H1", "H2")] if name == "xray_sample" else []
+    file = Path(__file__).parents[2] / "experiments" / f"{name}.yaml"
+    found = cost.estimate(plan_study(load_experiment(file, root), open_storage(tmp_path)))
+    assert found.concurrent == 2
+    assert found.seconds == pytest.approx(took, rel=0.3)
