@@ -308,8 +308,10 @@ def test_specificity_is_reported_for_every_rule_set_with_its_n(done) -> None:
     assert {"published", "separating"} <= set(report)
     for numbers in report.values():
         assert numbers["n_shuffled"] > 0
+        assert numbers["n_same_cell"] > 0
         assert -1 <= numbers["shuffled"] <= 1
         assert numbers["conservation"] == pytest.approx(1, abs=1e-2)
+    assert report["separating"]["shuffled"] < report["published"]["shuffled"]
 
 
 def test_positive_relevance_inside_truth_masks_is_written_beside_the_area(trial, done, tmp_path) -> None:

@@ -11,7 +11,7 @@ from raystudy.relevance.heatmaps import (
 )
 from raystudy.relevance.prp import PrototypeExplainer, Relevance, prototype_relevance
 from raystudy.relevance.rules import RULE_SETS
-from raystudy.relevance.specificity import Specificity, measure_specificity
+from raystudy.relevance.specificity import Specificity, measure_specificity, pool_specificity
 
 __all__ = [
     "RULE_SETS",
@@ -25,6 +25,7 @@ __all__ = [
     "measure_specificity",
     "overlay_activation",
     "overlay_relevance",
+    "pool_specificity",
     "prototype_relevance",
     "scale_activation",
     "scale_relevance",

@@ -7,6 +7,8 @@ knows the place only.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -19,7 +21,7 @@ from raystudy.relevance.prp import PrototypeExplainer
 
 @dataclass(frozen=True)
 class Specificity:
-    """Means over image and prototype pairs; NaN where n is 0.
+    """Means over image and prototype pairs; NaN where n is 0. A pair with a map that is 0 everywhere is left out.
 
     Attributes
     ----------
@@ -29,6 +31,7 @@ class Specificity:
     shuffled : correlation of a map with the map from shuffled channel weights.
     n_shuffled : maps.
     conservation : mean sum of a unit-seed map.
+    n_maps : maps of that mean; maps that are 0 everywhere are among them.
     """
 
     same_cell: float
@@ -37,10 +40,11 @@ class Specificity:
     shuffled: float
     n_shuffled: int
     conservation: float
+    n_maps: int
 
 
 def correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Pearson correlation of maps (..., H, W) over their pixels."""
+    """Pearson correlation of maps (..., H, W) over their pixels; NaN where one has the same value everywhere."""
     a, b = (m.double().flatten(-2) for m in (first, second))
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
@@ -64,6 +68,7 @@ def measure_specificity(
     order = torch.tensor(shuffles, device=own.features.device)
     other = explainer.from_features(images, own.cells, own.features.gather(2, order))
     shuffled = correlation(own.maps, other)
+    shuffled = shuffled[~shuffled.isnan()]
     common = own if k < 2 else explainer(images, prototypes, cells=own.cells[:, :1].expand(-1, k, -1))
     values: list[float] = []
     natural = 0
@@ -71,13 +76,38 @@ def measure_specificity(
         for p, q in combinations(range(k), 2):
             if explainer.same_vector(int(prototypes[i, p]), int(prototypes[i, q])):
                 continue
-            values.append(float(correlation(common.maps[i, p], common.maps[i, q])))
+            value = float(correlation(common.maps[i, p], common.maps[i, q]))
+            if math.isnan(value):
+                continue
+            values.append(value)
             natural += bool((own.cells[i, p] == own.cells[i, q]).all())
     return Specificity(
         same_cell=float(np.mean(values)) if values else float("nan"),
         n_same_cell=len(values),
         n_natural=natural,
         shuffled=float(shuffled.mean()),
-        n_shuffled=n * k,
+        n_shuffled=len(shuffled),
         conservation=float(own.maps.double().sum((2, 3)).mean()),
+        n_maps=n * k,
+    )
+
+
+def pool_specificity(parts: Sequence[Specificity]) -> Specificity:
+    """Return the means over the pairs and maps of all parts, such as classes that have different numbers of them."""
+
+    def mean(name: str, count: str) -> float:
+        values = [(getattr(part, name), getattr(part, count)) for part in parts if getattr(part, count)]
+        return sum(v * n for v, n in values) / sum(n for _, n in values) if values else float("nan")
+
+    def total(count: str) -> int:
+        return sum(getattr(part, count) for part in parts)
+
+    return Specificity(
+        same_cell=mean("same_cell", "n_same_cell"),
+        n_same_cell=total("n_same_cell"),
+        n_natural=total("n_natural"),
+        shuffled=mean("shuffled", "n_shuffled"),
+        n_shuffled=total("n_shuffled"),
+        conservation=mean("conservation", "n_maps"),
+        n_maps=total("n_maps"),
     )

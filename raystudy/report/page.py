@@ -264,7 +264,7 @@ def _faithfulness_rows(table: pd.DataFrame) -> dict[str, Any]:
 def _add_specificity(section: _Section, table: pd.DataFrame) -> None:
     if table.empty:
         return
-    numbers = [c for c in table.columns if table[c].dtype.kind == "f"]
+    numbers = [c for c in table.columns if table[c].dtype.kind == "f" and not c.startswith("n_")]
     rows = [
         [rule, *(_with_extremes(group, c) for c in numbers), str(len(group))] for rule, group in table.groupby("rule")
     ]

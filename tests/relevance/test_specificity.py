@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from raystudy.relevance import PrototypeExplainer, measure_specificity
+from raystudy.relevance import PrototypeExplainer, Relevance, measure_specificity
 from raystudy.relevance.specificity import correlation
 from raystudy.streams import stream
 from tests.relevance.nets import random_images, random_net
@@ -46,3 +49,22 @@ def test_the_measure_repeats_with_its_stream_and_skips_equal_prototypes() -> Non
     assert first.shuffled == second.shuffled
     assert first.n_same_cell == 0
     assert math.isnan(first.same_cell)
+
+
+class WithoutSecondImage(PrototypeExplainer):
+    """Explains as ever, but finds nothing in the second image."""
+
+    def __call__(self, images: Tensor, prototypes: Tensor, **options: Any) -> Relevance:
+        found = super().__call__(images, prototypes, **options)
+        return replace(found, maps=found.maps * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
+
+
+def test_maps_without_relevance_are_left_out_of_correlations_and_their_n_but_not_of_conservation() -> None:
+    net, images = random_net(layers=2), random_images(2)
+    explainer, prototypes = PrototypeExplainer(net), torch.tensor([[0, 1], [2, 3]])
+    whole = measure_specificity(explainer, images[:1], prototypes[:1], stream(1, "s"))
+    with_empty = measure_specificity(WithoutSecondImage(net), images, prototypes, stream(1, "s"))
+    assert (with_empty.n_shuffled, with_empty.n_same_cell, with_empty.n_maps) == (2, 1, 4)
+    assert with_empty.shuffled == pytest.approx(whole.shuffled, abs=1e-6)
+    assert with_empty.same_cell == pytest.approx(whole.same_cell, abs=1e-6)
+    assert with_empty.conservation == pytest.approx(whole.conservation / 2, abs=1e-6)
