@@ -23,6 +23,7 @@ from rich.table import Column, Table
 ROOT = Path(__file__).parents[1]
 RELEVANCE, PROTOPNET, EVALUATE = "tests/relevance", "tests/protopnet", "tests/evaluate"
 PAIRS = "tests/test_explanation_faithfulness.py"
+PROTOTYPES = "tests/test_explanation_prototypes.py"
 LOOP = "tests/test_trial_numbers.py"
 
 
@@ -245,6 +246,14 @@ MUTATIONS = [
         "relevance/prp.py",
         "(torch.float32, torch.float32, 1e-6)",
         "(torch.float32, torch.float32, 0.3)",
+        RELEVANCE,
+    ),
+    Mutation(
+        12,
+        "bf16 maps combined too freely",
+        "relevance/prp.py",
+        "(torch.float32, torch.bfloat16, 5e-3)",
+        "(torch.float32, torch.bfloat16, 0.1)",
         RELEVANCE,
     ),
     Mutation(
@@ -510,6 +519,14 @@ MUTATIONS = [
         PAIRS,
     ),
     Mutation(
+        19,
+        "last of equal logits predicted",
+        "explanation_faithfulness.py",
+        "int(output.logits[0].argmax())",
+        "int(len(output.logits[0]) - 1 - output.logits[0].flip(0).argmax())",
+        PAIRS,
+    ),
+    Mutation(
         20,
         "classes merged by source",
         "relevance/class_maps.py",
@@ -535,6 +552,62 @@ MUTATIONS = [
         "np.argsort(table[by_name, j]",
         "np.argsort(-table[by_name, j]",
         RELEVANCE,
+    ),
+    Mutation(
+        20,
+        "specificity of one rule set written for both",
+        "explanation_prototypes.py",
+        "self.explainer if rule == self.settings.rule else make_explainer(self.model, self.settings, rule)",
+        "self.explainer",
+        PROTOTYPES,
+    ),
+    Mutation(
+        20,
+        "specificity of one class",
+        "explanation_prototypes.py",
+        "parts = [measure_specificity(explainer, films, index, draw) for films, index in groups]",
+        "parts = [measure_specificity(explainer, films, index, draw) for films, index in groups[:1]]",
+        PROTOTYPES,
+    ),
+    Mutation(
+        20,
+        "specificity on other films",
+        "explanation_prototypes.py",
+        "self.films([self.sources.image_ids[j] for j in members[:2]])",
+        "self.films([self.sources.image_ids[0] for j in members[:2]])",
+        PROTOTYPES,
+    ),
+    Mutation(
+        20,
+        "classes pooled without their n",
+        "relevance/specificity.py",
+        "return sum(v * n for v, n in values) / sum(n for _, n in values)",
+        "return sum(v for v, n in values) / len(values)",
+        PROTOTYPES,
+    ),
+    Mutation(
+        20,
+        "a prototype that does not fire at its source accepted",
+        "explanation_prototypes.py",
+        "if self.frozen and gap > self.source_gap:",
+        "if False:",
+        PROTOTYPES,
+    ),
+    Mutation(
+        20,
+        "source gap 1e-3",
+        "explanation_prototypes.py",
+        "SOURCE_GAP_CHANNELS = 5e-5, 128",
+        "SOURCE_GAP_CHANNELS = 1e-3, 128",
+        PROTOTYPES,
+    ),
+    Mutation(
+        20,
+        "scale of the seed ignored",
+        "explanation_prototypes.py",
+        '(relevance.scores[0, 0] if self.settings.prp_scale == "score" else 1.0)',
+        "1.0",
+        PROTOTYPES,
     ),
     Mutation(
         21,

@@ -96,6 +96,14 @@ def test_pairs_of_a_fitting_film_have_three_methods() -> None:
     assert [r["method"] for r in rows] == ["protopnet"] * 2 + ["prp"] * 2 + ["random"] * 2
 
 
+def test_equal_logits_predict_the_first_class() -> None:
+    model = network()
+    with torch.no_grad():
+        model.last_layer.weight[1] = model.last_layer.weight[0]
+        rows = maker(model, 0, 1, 2, 3).rows(ROW, film(), None)
+    assert {r["prototype"] for r in rows} == {0, 1}
+
+
 class Negated(PrototypeExplainer):
     """Explains with the sign turned round."""
 
