@@ -10,7 +10,8 @@ from __future__ import annotations
 import pandas as pd
 
 from raystudy.cohorts.settings import ChexpertSource, CohortSettings
-from raystudy.cohorts.tables import SourceTable, checked_rows, flag_masks, read_text_table, refuse_rows
+from raystudy.cohorts.tables import SourceTable, checked_rows, flag_masks, refuse_rows
+from raystudy.cohorts.text_table import read_text_table
 from raystudy.cohorts.vocabulary import canonical_finding
 from raystudy.errors import StudyError
 from raystudy.storage import Storage, open_storage

@@ -23,7 +23,8 @@ from raystudy.cohorts.dicom_frame import announced, unpack_rle
 from raystudy.cohorts.dicom_grey import grey
 from raystudy.cohorts.manifest import canonical_splits, canonical_views, read_findings, refuse_unknown
 from raystudy.cohorts.settings import DicomSource
-from raystudy.cohorts.tables import SourceTable, checked_rows, path_stays_below, read_text_table, refuse_rows
+from raystudy.cohorts.tables import SourceTable, checked_rows, path_stays_below, refuse_rows
+from raystudy.cohorts.text_table import read_text_table
 from raystudy.cohorts.vocabulary import parse_labels
 from raystudy.errors import StudyError
 from raystudy.storage import Storage, open_storage

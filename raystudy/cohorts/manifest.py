@@ -18,9 +18,9 @@ from raystudy.cohorts.tables import (
     SourceTable,
     checked_rows,
     flag_masks,
-    read_text_table,
     refuse_rows,
 )
+from raystudy.cohorts.text_table import read_text_table
 from raystudy.cohorts.vocabulary import parse_labels
 from raystudy.errors import StudyError
 from raystudy.storage import open_storage

@@ -16,7 +16,8 @@ import pandas as pd
 from raystudy.cohorts.manifest import canonical_views, refuse_unknown
 from raystudy.cohorts.settings import CohortSettings, NihSource
 from raystudy.cohorts.split import NIH_PATIENTS, nih_paper_split
-from raystudy.cohorts.tables import SourceTable, checked_rows, read_text_table, refuse_rows
+from raystudy.cohorts.tables import SourceTable, checked_rows, refuse_rows
+from raystudy.cohorts.text_table import read_text_table
 from raystudy.cohorts.vocabulary import parse_labels
 from raystudy.errors import StudyError
 from raystudy.storage import Storage, open_storage

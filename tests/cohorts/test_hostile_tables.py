@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from raystudy.cohorts import tables
+from raystudy.cohorts import text_table
 from raystudy.errors import StudyError
 from tests.cohorts.hospitals import build, films_of, manifest
 
@@ -217,9 +217,9 @@ def test_a_table_that_unpacks_to_more_than_the_limit_is_refused(
         (tmp_path / f"{name}.csv.gz").write_bytes(gzip.compress(csv(films_of(name))))
     sources = {"H1": manifest(tmp_path, "a.csv.gz"), "H2": manifest(tmp_path, "b.csv.gz")}
     size = max(len(csv(films_of(name))) for name in ("a", "b"))
-    monkeypatch.setattr(tables, "LARGEST_TABLE", size + 1)
+    monkeypatch.setattr(text_table, "LARGEST_TABLE", size + 1)
     build(sources)
-    monkeypatch.setattr(tables, "LARGEST_TABLE", size // 2)
+    monkeypatch.setattr(text_table, "LARGEST_TABLE", size // 2)
     with pytest.raises(StudyError, match="larger than 2 GiB"):
         build(sources)
 
@@ -240,7 +240,7 @@ def test_a_parquet_table_of_more_than_the_limit_is_refused_before_it_is_unpacked
     path = tmp_path / "bomb.parquet"
     pyarrow.parquet.write_table(pyarrow.table(names), path, compression="zstd", use_dictionary=kind != "plain")
     assert path.stat().st_size < 1_000_000
-    monkeypatch.setattr(tables, "LARGEST_TABLE", 100_000_000)
+    monkeypatch.setattr(text_table, "LARGEST_TABLE", 100_000_000)
     films_of("b").to_csv(tmp_path / "good.csv", index=False)
     pool = pyarrow.default_memory_pool()
     before = pool.max_memory()
