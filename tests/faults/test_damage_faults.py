@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.tracking import MlflowClient
 
+from raystudy.config import Tracking
 from raystudy.errors import DamagedFileError, StudyError
-from raystudy.explanation import explain_trial
+from raystudy.explanation import explain_trial, job_directory
+from raystudy.mirror import Mirror
+from raystudy.orchestrate.assignment import FAILED, STOPPED, write_stop
 from raystudy.orchestrate.driver import run_study
 from raystudy.orchestrate.films import prepare_films
 from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.progress import Silent
+from raystudy.orchestrate.search import Halving, search_experiment
 from raystudy.report.data import read_report_data
+from raystudy.report.page import write_report
+from raystudy.results import write_sealed
 from raystudy.storage import Storage, open_storage
 from raystudy.streams import stream
 from raystudy.study import Study
@@ -37,6 +46,7 @@ class Place:
     root: Path
     plan: StudyPlan
     files: dict[str, bytes]
+    tracking: Tracking | None = None  # mirrored and reported, too
 
     @property
     def storage(self) -> Storage:
@@ -93,11 +103,18 @@ def damage_each(place: Place, names: Iterable[str], n: int, seed: int, whole: Ca
 def run(place: Place) -> StudyError | None:
     """Run what is missing to a good end, or return the refusal."""
     try:
-        outcome = run_study(place.plan, place.storage, executor="plain")
+        outcome = run_study(place.plan, place.storage, executor="plain", **plugs(place))
     except StudyError as error:
         return error
     assert outcome.exit_code == 0
     return None
+
+
+def plugs(place: Place) -> dict[str, Any]:
+    if place.tracking is None:
+        return {}
+    mirror = Mirror(Study(place.storage.child("tiny")), place.tracking)
+    return {"mirror": mirror, "report": lambda study: write_report(study).text()}
 
 
 def look(place: Place) -> None:
@@ -147,11 +164,60 @@ def begun(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) ->
             "prototypes", explaining.spec, explaining.cohort, explaining.tests, films,
             study.trial(explaining.trial_id), explaining.explain, should_stop=lambda: next(asked) == 7,
         )  # fmt: skip
+    mark = {"error": "ValueError: told", "attempts": 1, "time": 1.0}
+    for trial, path in (
+        (training, FAILED),
+        (explaining, f"{job_directory('prototypes', explaining.explain)}/{FAILED}"),
+    ):
+        write_sealed(study.trial(trial.trial_id), path, mark, ())
+    write_stop(study, "a user")
     place = Place(root, plan, {})
     place.files.update(place.contents())
     assert len([n for n in place.files if "/checkpoint/" in n]) == 4
     assert any("/chunks/" in n for n in place.files)
     return place
+
+
+@pytest.fixture(scope="module")
+def searched(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A search of two real trials, mirrored and reported, of which it stopped one early."""
+    folder = tmp_path_factory.mktemp("searched")
+    root = undisturbed.place(folder / "studies")
+    storage, study = open_storage(root), Study(open_storage(root).child("tiny"))
+    space = {"training.lr_add_on": {"uniform": [1e-3, 2e-3]}}
+    search = {"space": space, "trials": 2, "algorithm": "random", "scheduler": "none", "mixtures": [50]}
+    asked = undisturbed.experiment(root, [f"search={json.dumps(search)}", "explain.enabled=false"])
+    plan = plan_study(search_experiment(asked), storage)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    MlflowClient(tracking_uri=uri).search_experiments()  # makes the tables
+    place = Place(root, plan, {}, Tracking(uri=uri))
+    assert run_study(plan, storage, executor="plain").trained == 2
+    directory = study.trial(study.trial_ids()[1])
+    for name in ("result.json", "model.safetensors", "prototypes.parquet", "predictions.parquet"):
+        directory.delete(name)
+    write_sealed(directory, STOPPED, {"epoch": 1, "value": 55.0, "by": "the search"}, ())
+    study.storage.delete("search/observations/000001.json")
+    assert Halving(study.storage, epochs=3).goes_on(directory.uri.rsplit("/", 1)[-1], "cell", 1, 55.0)
+    assert run(place) is None
+    place.files.update(place.contents())
+    kinds = {kind(n) for n in place.files}
+    assert kinds >= {f"tiny/{n}" for n in ("report.json", "search/rungs", "search/observations/*.json")}
+    assert kinds >= {"trial: stopped.json", "tiny/tracking*.json", "tiny/report/index.html"}
+    return place
+
+
+def damage_searched(place: Place, names: Iterable[str], n: int, seed: int) -> Counter[str]:
+    def whole(case: str) -> None:
+        now = place.contents()
+        different = [k for k in now.keys() | place.files.keys() if now.get(k) != place.files.get(k)]
+        assert not [k for k in different if not k.endswith(("events", "/rungs"))], case
+
+    return damage_each(place, names, n, seed, whole)
+
+
+def beside_the_trials(place: Place) -> list[str]:
+    """Return the files of a search, its mirror and its report, and the marks of its trials."""
+    return [n for n in sorted(place.files) if re.search(r"/search/|/tracking/|/report|stopped.json|plan.json", n)]
 
 
 def damage_finished(place: Place, n: int, seed: int, n_trials: int) -> Counter[str]:
@@ -173,7 +239,7 @@ def of_a_begun_study(place: Place) -> list[str]:
     """Return the files that the rest of a study is made from."""
     return [
         n for n in sorted(place.files)
-        if re.search(r"/checkpoint/|/chunks/|/job.json|/cohorts/|_images/|events|spec.json", n)
+        if re.search(r"/checkpoint/|/chunks/|/job.json|/cohorts/|_images/|events|spec.json|failed.json|stop.json", n)
         and ("/trials/" not in n or n.split("/")[2] in {t.trial_id for t in place.plan.trials[1:]})
     ]  # fmt: skip
 
@@ -192,9 +258,39 @@ def test_damage_in_what_a_begun_study_goes_on_from_changes_no_byte(
     tally(f"{outcomes.total()} damages: {dict(outcomes)}")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own, of its SQLAlchemy
+def test_damage_beside_the_trials_of_a_search_is_mended_or_named(searched: Place, tally: Tally) -> None:
+    names = {kind(n): n for n in beside_the_trials(searched) if not n.endswith((".svg", ".png"))}
+    outcomes = damage_searched(searched, sorted(names.values()), 1, seed=7)
+    tally(f"{outcomes.total()} damages: {dict(outcomes)}")
+    assert len(outcomes) == 2
+
+
+@pytest.mark.parametrize("name", ["result.json", "stopped.json"])
+def test_a_search_observes_no_damaged_trial(name: str, searched: Place) -> None:
+    searched.restore()
+    for observation in (searched.root / "tiny" / "search" / "observations").iterdir():
+        observation.unlink()
+    (file,) = (searched.root / "tiny" / "trials").rglob(name)
+    data = file.read_bytes()
+    at = re.search(rb'"(val_accuracy|value)": (\d)', data)
+    assert at is not None
+    file.write_bytes(data[: at.start(2)] + bytes([data[at.start(2)] ^ 1]) + data[at.end(2) :])
+    refusal = run(searched)
+    assert refusal is not None
+    assert refusal.where == str(file)
+    observed = [p.read_text() for p in (searched.root / "tiny" / "search" / "observations").iterdir()]
+    assert not any(file.parent.name in text for text in observed)
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
-def test_much_damage_in_every_file(finished: Place, begun: Place, undisturbed: Undisturbed, tally: Tally) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own, of its SQLAlchemy
+def test_much_damage_in_every_file(
+    finished: Place, begun: Place, searched: Place, undisturbed: Undisturbed, tally: Tally
+) -> None:
+    outcomes = damage_searched(searched, beside_the_trials(searched), 2, seed=8)
+    tally(f"searched study: {outcomes.total()} damages: {dict(outcomes)}")
     outcomes = damage_finished(finished, 4, seed=3, n_trials=3)
     tally(f"finished study: {outcomes.total()} damages: {dict(outcomes)}")
     outcomes = damage_begun(begun, undisturbed, of_a_begun_study(begun), 2, seed=4)
