@@ -33,7 +33,7 @@ class ExplainSettings:
     def __post_init__(self) -> None:
         checks = {
             "l2_power must be 2 or 4": self.l2_power in (2, 4),
-            "l2_eps must be positive": self.l2_eps > 0,
+            "l2_eps must be positive and finite": 0 < self.l2_eps < float("inf"),
             "adai_images must be at least 1, or null for all": self.adai_images is None or self.adai_images >= 1,
             "adai_draws must lie in 1..10000": 1 <= self.adai_draws <= 10_000,
             "mask_share must lie in 0.01..0.99": 0.01 <= self.mask_share <= 0.99,

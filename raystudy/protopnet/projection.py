@@ -52,9 +52,11 @@ def project_prototypes(
 
     Raises
     ------
-    ValueError : training mode; weights, pixels or activations not finite; images that are none, or of several sizes; a
-        class without images; lengths that differ.  The model is then unchanged.
+    ValueError : training mode; no positive batch size; weights, pixels or activations not finite; images that are none,
+        or of several sizes; a class without images; lengths that differ.  The model is then unchanged.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     check_projection(model, labels)
     _check_lengths(images if isinstance(images, Tensor) else labels, labels, image_ids)
     batches: Iterable[Tensor] = torch.split(images, batch_size) if isinstance(images, Tensor) else images

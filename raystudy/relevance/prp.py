@@ -100,8 +100,8 @@ class PrototypeExplainer:
             raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}, not {precision!r}")
         if l2_power not in (2, 4):
             raise ValueError(f"l2_power must be 2 (current code) or 4 (before January 2024), not {l2_power}")
-        if not l2_eps > 0:
-            raise ValueError(f"l2_eps must be positive, not {l2_eps}")
+        if not 0 < l2_eps < float("inf"):
+            raise ValueError(f"l2_eps must be positive and finite, not {l2_eps}")
         self.l2_power, self.l2_eps = l2_power, l2_eps
         forward, back, tolerance = _PRECISIONS[precision]
         self._network = canonise(model, forward)

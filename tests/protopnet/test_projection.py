@@ -192,6 +192,12 @@ def test_a_class_without_images_is_refused_by_number() -> None:
     refused("class 2 has no image", network(), films(), LABELS.clamp(max=1), IDS)
 
 
+def test_a_batch_size_without_images_is_refused_by_name() -> None:
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {batch_size}"):
+            project_prototypes(network(), films(), LABELS, IDS, batch_size=batch_size)
+
+
 def test_labels_outside_the_classes_are_refused() -> None:
     refused(r"labels must lie in 0\.\.2, not 3", network(), films(), LABELS + 1, IDS)
 

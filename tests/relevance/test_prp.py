@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from functools import partial
 
@@ -101,6 +102,22 @@ def test_without_stabilisers_nothing_is_lost(rule: str) -> None:
     result = PrototypeExplainer(net, rule, precision="float64")(images, torch.tensor([[0, 1], [4, 5]]))
     torch.testing.assert_close(result.features.sum(2), torch.ones(2, 2, dtype=torch.float64), rtol=0, atol=1e-9)
     torch.testing.assert_close(result.maps.sum((2, 3)), torch.ones(2, 2, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_relevance_is_conserved_at_every_block() -> None:
+    # The tape notes the output of each stage: every block is made one of its own.
+    net, images = random_net("resnet34", dim=64), random_images(1, 96)
+    result = PrototypeExplainer(net)(images, torch.tensor([[0, 4]]))
+    network = RuleNetwork(canonise(net), RULE_SETS["published"], torch.float32)
+    network.blocks = tuple(dataclasses.replace(b, stage=f"block {i}") for i, b in enumerate(network.blocks))
+    layers: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        tape = network.record(images)
+        cells = result.cells[..., 0] * tape.features.shape[3] + result.cells[..., 1]
+        network.relevance(tape, cells, result.features, layers)
+    assert len(layers) == 1 + 16
+    for values in layers.values():
+        torch.testing.assert_close(values.sum((2, 3, 4)), torch.ones(1, 2), rtol=0, atol=1e-3)
 
 
 def without_biases(net: ProtoPNet, *, negative: bool) -> ProtoPNet:
@@ -324,6 +341,7 @@ def test_bad_input_is_refused_with_the_rule(images: torch.Tensor, prototypes: to
         ({"precision": "int8"}, "precision must be one of"),
         ({"l2_power": 3}, "l2_power must be 2"),
         ({"l2_eps": 0.0}, "l2_eps must be positive"),
+        ({"l2_eps": float("inf")}, "l2_eps must be positive and finite"),
     ],
 )
 def test_unknown_settings_are_refused(setting: dict[str, object], rule: str) -> None:
