@@ -166,6 +166,14 @@ MUTATIONS = [
         RELEVANCE,
     ),
     Mutation(
+        6,
+        "separating rules in the add-on only",
+        "relevance/rules.py",
+        "RuleSet((0.02, 0.02))",
+        "RuleSet((0.02,))",
+        RELEVANCE,
+    ),
+    Mutation(
         7,
         "seed squared",
         "relevance/prp.py",

@@ -233,3 +233,10 @@ def test_similarity_start_refuses_another_power() -> None:
 def test_division_by_zero_is_zero() -> None:
     share = torch.tensor([1.0, 1.0, 0.0, -3.0])
     assert rules.divide(share, torch.tensor([4.0, 0.0, 0.0, -2.0])).tolist() == [0.25, 0.0, 0.0, 1.5]
+
+
+def test_the_separating_rules_are_gamma_rules_in_the_add_on_and_the_topmost_stage_only() -> None:
+    stages = ("layer1", "layer2", "layer3")
+    gammas = [rules.RULE_SETS["separating"].gamma(stage, stages) for stage in (*stages, "add_on")]
+    assert gammas == [float("inf"), float("inf"), 0.02, 0.02]
+    assert {rules.RULE_SETS["published"].gamma(stage, stages) for stage in (*stages, "add_on")} == {float("inf")}
