@@ -1,11 +1,13 @@
 """The MLflow mirror on real stores: SQLite, and a server with PostgreSQL and S3."""
 
 import contextlib
+import json
 import shutil
 import socket
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import sqlalchemy
 from mlflow.entities import Run
@@ -13,9 +15,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 import raystudy.mirror
-from raystudy.config import Tracking
+from raystudy.config import Tracking, load_experiment
 from raystudy.errors import StudyError
 from raystudy.mirror import Mirror
+from raystudy.orchestrate.driver import run_study
+from raystudy.orchestrate.plan import plan_study
+from raystudy.orchestrate.search import search_experiment
+from raystudy.report.page import write_report
 from raystudy.results import write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
@@ -57,6 +63,28 @@ def test_a_finished_study_has_one_parent_and_a_run_a_trial_with_every_number_onc
     study = tiny_study.copy(tmp_path)
     mirror_all(study, sqlite)
     assert_mirrored_once(study, sqlite.uri)
+
+
+def test_what_a_search_tried_is_told_in_the_tables_and_in_mlflow(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    root = tmp_path / "studies"
+    shutil.copytree(Path(tiny_study.study.storage.uri).parent / "_images", root / "_images")
+    search = {"space": {"training.lr_add_on": {"uniform": [1e-3, 2e-3]}}, "trials": 2, "mixtures": [50]}
+    search |= {"algorithm": "random", "scheduler": "none"}
+    asked = [f"storage={root}", f"search={json.dumps(search)}", "explain.enabled=false"]
+    storage = open_storage(root)
+    plan = plan_study(search_experiment(load_experiment(tiny_study.file, asked)), storage)
+    assert run_study(plan, storage, executor="plain").trained == 2
+    study = Study(storage.child("tiny"))
+    write_report(study)
+    tried = {t: study.trial(t).read_json("spec.json")["axes"]["training.lr_add_on"] for t in study.trial_ids()}
+    assert len(set(tried.values())) == 2
+    table = pd.read_csv(root / "tiny/report/tables/accuracy.csv")
+    assert dict(zip(table["trial_id"], table["axis.training.lr_add_on"], strict=True)) == tried
+    mirror_all(study, sqlite)
+    params = {r.data.tags["raystudy.trial_id"]: r.data.params for r in runs(sqlite.uri, "tiny")}
+    assert {t: float(params[t]["training.lr_add_on"]) for t in tried} == tried
 
 
 def test_sending_everything_again_changes_nothing(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
