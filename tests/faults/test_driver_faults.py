@@ -169,6 +169,7 @@ def test_a_search_whose_driver_dies_keeps_what_it_decided(undisturbed: Undisturb
         started.kill()
         started.wait_until_gone()
     before, first = told(), decided()
+    marked = {t for t, names in study.files().items() if "stopped.json" in names}
     with driver(undisturbed.file, storage, *options) as last:
         code, out = last.end()
         assert code == 0, out
@@ -179,7 +180,8 @@ def test_a_search_whose_driver_dies_keeps_what_it_decided(undisturbed: Undisturb
     states = {t.trial_id: t.state for t in study.status().trials}
     assert set(states.values()) == {"finished", "stopped"}
     assert len(states) == 6
-    assert {t for _, t, goes_on in decided() if not goes_on} == {t for t, s in states.items() if s == "stopped"}
+    stopped = {t for t, s in states.items() if s == "stopped"}
+    assert marked <= stopped <= {t for _, t, goes_on in decided() if not goes_on}  # one may end first
 
 
 @pytest.mark.faults

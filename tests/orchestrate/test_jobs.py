@@ -156,7 +156,7 @@ print(said + rest, errors, client.returncode, sep="\\0")
 
 @needs_a_space
 def test_who_stops_following_hears_that_the_job_goes_on(space: Space, long_study: Path) -> None:
-    more = ("--set", "name=followed", "--set", "mixtures=[50]", "--set", "training.epochs=500")
+    more = ("--set", "name=followed", "--set", "mixtures=[50]", "--set", "training.epochs=5000")
     submit = (BIN / "raystudy", "submit", long_study, "--address", HERE, *more)
     done = space.run(BIN / "python", "-c", FOLLOWER, *submit, PYTHONUNBUFFERED="1")
     said, errors, code = done.stdout.split("\0")
