@@ -74,7 +74,7 @@ def _sweep(run: Run, images: dict[str, Any], placement: Placement) -> Sweep:
     """Return the sweep of the missing trials, or of a search that goes on."""
     waiting = [_queued(run, t) for t in run.todo.trials]
     sweep = Sweep(run.study, waiting, images, placement, run.stop, run.work, run.stop.owner)
-    if run.book is not None and run.todo.suggestions:
+    if run.book is not None and (run.todo.trials or run.todo.suggestions):
         scheduler = None
         if run.book.settings.scheduler == "asha":
             halving = Halving(run.study.storage, run.book.experiment.training.epochs)
