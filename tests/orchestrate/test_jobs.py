@@ -266,7 +266,7 @@ import sys, time, ray, requests
 from raystudy.orchestrate.access import token
 from raystudy.orchestrate.slot import TitledDirectory
 page = ray.init("auto", logging_level=40).dashboard_url
-node, own = ray.nodes()[0]["NodeID"], {"Authorization": f"Bearer {token()}"}
+own = {"Authorization": f"Bearer {token()}"}
 @ray.remote(num_cpus=0)
 def trial():
     TitledDirectory(sys.argv[1], trial_id="a-trial").append_event("events", {"stage": "joint", "epoch": 3, "epochs": 9})
@@ -274,8 +274,9 @@ def trial():
 running, until, shown = trial.remote(), time.monotonic() + 60, []
 while "ray::a-trial joint 3/9" not in shown and time.monotonic() < until:
     time.sleep(1)
-    told = requests.get(f"http://{page}/nodes/{node}", headers=own, timeout=30).json()["data"]["detail"]
-    shown = [" ".join(worker["cmdline"]).strip() for worker in told["workers"]]
+    pages = [f"http://{page}/nodes/{node['NodeID']}" for node in ray.nodes() if node["Alive"]]
+    told = [requests.get(p, headers=own, timeout=30).json()["data"]["detail"].get("workers", []) for p in pages]
+    shown = [" ".join(worker["cmdline"]).strip() for workers in told for worker in workers]
 print(shown)
 """
 
