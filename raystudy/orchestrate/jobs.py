@@ -31,7 +31,7 @@ from raystudy.orchestrate.session import NO_SECRETS
 from raystudy.study import Study
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
-LARGEST_PACKAGE = 1_000_000  # bytes of code and experiment that a submission may send
+LARGEST_PACKAGE = 2_000_000  # bytes of code and experiment; Ray sends them zipped, a third of it
 
 
 def submit(

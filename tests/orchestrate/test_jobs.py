@@ -144,7 +144,10 @@ def test_options_of_a_submission_reach_the_run_and_its_exit_code_comes_back(spac
 
 FOLLOWER = """
 import signal, subprocess, sys
-client = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+client = subprocess.Popen(
+    sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background command would ignore it
+)
 said = ""
 while "to run" not in said and (line := client.stdout.readline()):
     said += line
