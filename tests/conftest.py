@@ -1,6 +1,6 @@
 """Fixtures that several rooms share."""
 
-from tests.golden_vectors import golden, shared_dir  # noqa: F401
+from tests.golden_vectors import golden, golden_recipe, shared_dir  # noqa: F401
 from tests.mlflow_server import mlflow_server  # noqa: F401
 from tests.ray_local import ray_local  # noqa: F401
 from tests.s3_server import s3_bucket, s3_environment, s3_server  # noqa: F401

@@ -35,9 +35,15 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden(shared_dir: Path) -> Callable[[str], Golden]:
+def golden_recipe(shared_dir: Path) -> ModuleType:
+    """How the golden files' films and random numbers are made."""
+    return _module(shared_dir / "golden" / "weights.py")
+
+
+@pytest.fixture(scope="session")
+def golden(shared_dir: Path, golden_recipe: ModuleType) -> Callable[[str], Golden]:
     """Return an opener of golden files by short name; a model that it gives is the caller's own."""
-    recipe, loader = (_module(shared_dir / "golden" / f"{name}.py") for name in ("weights", "loader"))
+    recipe, loader = golden_recipe, _module(shared_dir / "golden" / "loader.py")
     opened: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def open_file(name: str) -> Golden:

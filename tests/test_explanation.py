@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import json
-import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -23,12 +21,12 @@ from raystudy.explanation import JOBS, explain_trial, explained, job_directory
 from raystudy.explanation_faithfulness import balanced_order, faithfulness_test_set, look, masked_scores, positive_share
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
-from raystudy.protopnet import ProtoPNet
 from raystudy.protopnet.normalise import normalise
 from raystudy.protopnet.settings import ModelSettings, TrainingSettings
 from raystudy.relevance import PrototypeExplainer, upsample_activation
 from raystudy.storage import Storage, open_storage
 from raystudy.trial import TrialInterrupted, TrialSpec, load_model, run_trial
+from tests.golden_vectors import Golden
 
 SIZE = 48
 SETTINGS = ExplainSettings(adai_images=10, top_k=3)
@@ -390,29 +388,12 @@ def test_a_map_that_keeps_all_that_counts_has_no_drop() -> None:
     assert average_drop(before, after["wrong"]) > 5
 
 
-def _golden(name: str) -> ModuleType:
-    """Import one module of the golden vectors' folder."""
-    shared = Path(os.environ.get("RAYSTUDY_SHARED", Path(__file__).parents[1].parent / "shared")) / "golden"
-    if not (shared / "public_adai_r18.npz").is_file():
-        pytest.skip("the golden vectors (shared/golden) are not there")
-    spec = importlib.util.spec_from_file_location(name, shared / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.golden
-def test_ad_and_ai_equal_the_golden_numbers_with_given_ties_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    recipe = _golden("weights")
-    arrays, state = _golden("loader").load("public_adai_r18.npz")
-    model = ProtoPNet("resnet18").eval()
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=False)
+def test_ad_and_ai_equal_the_golden_numbers_with_given_ties_and_noise(
+    golden: Callable[[str], Golden], golden_recipe: ModuleType
+) -> None:
+    arrays, model, films = golden("adai_r18")
     explainer = PrototypeExplainer(model)
-    films = torch.from_numpy(recipe.normalise(arrays["images_u8"]))
     score, masked = [], {"prp": [], "protopnet": []}
     with torch.no_grad():
         for i, film in enumerate(films):
@@ -423,7 +404,7 @@ def test_ad_and_ai_equal_the_golden_numbers_with_given_ties_and_noise(monkeypatc
                 "prp": explainer(film[None], torch.tensor([chosen])).maps[0].numpy(),
                 "protopnet": upsample_activation(seen.activation[chosen], (224, 224)).numpy(),
             }
-            ties = recipe.uniform(int(arrays["seed"]), f"tie{i}", 50176).reshape(224, 224)
+            ties = golden_recipe.uniform(int(arrays["seed"]), f"tie{i}", 50176).reshape(224, 224)
             noise = np.repeat(arrays["noise"][i][None], 3, axis=0)
             after = masked_scores(model, film, chosen, maps, ties, noise)
             score.append(seen.similarities[chosen].numpy())

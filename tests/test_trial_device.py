@@ -77,7 +77,7 @@ def test_reading_a_value_in_a_step_would_be_seen(tmp_path: Path, monkeypatch: py
         losses.total.item()
 
     monkeypatch.setattr(trial, "update", curious)
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # what torch raises for .item() there
         trial.train_epoch("joint")
 
 

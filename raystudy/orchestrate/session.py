@@ -133,7 +133,7 @@ def _init(address: str | None, options: dict[str, Any]) -> str | None:
             remedy=(
                 "check the address (the head's HOST:6379), that the cluster runs, RAY_AUTH_MODE=token and the token"
                 if address
-                else "see /tmp/ray/session_latest/logs; check memory and disk"
+                else "check memory and disk, and session_latest/logs in Ray's temporary folder (RAY_TMPDIR)"
             ),
         ) from error
 

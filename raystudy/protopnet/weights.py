@@ -7,6 +7,7 @@ carries the checksum that torchvision's name for it promises.
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 
 import safetensors
@@ -58,7 +59,7 @@ def start_from_weights(model: ProtoPNet, settings: ModelSettings) -> str:
         if not sha256.startswith(promised):
             raise StudyError("the file does not match the checksum in its name", where=str(path), remedy=remedy)
         # torchvision publishes this file as a pickle: the checksum is its name's, and weights_only runs no code of it.
-        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: dict[str, Tensor] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     else:
         try:
             loaded = safetensors.torch.load(data)

@@ -63,14 +63,3 @@ def random_images(n: int, size: int | tuple[int, int] = 64, seed: int = 0) -> Te
     pixels = 0.8 * smooth + 0.2 * torch.rand(n, 3, height, width, generator=g)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-
-
-def from_weights(weights: dict[str, Any], arch: str) -> ProtoPNet:
-    """The golden recipe's weights (names -> float32 arrays) in a ProtoPNet."""
-    p, d = weights["prototypes"].shape[:2]
-    net = ProtoPNet(arch, 2, p // 2, d)
-    state = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
-    missing, unexpected = net.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(name.endswith("num_batches_tracked") for name in missing)
-    return net.eval()
