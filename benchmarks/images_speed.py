@@ -244,8 +244,8 @@ def _store_of(place: Path, n: int) -> tuple[Storage, str, list[str]]:
     for start in range(0, n, 64):
         noise = rng.integers(-3, 4, (min(64, n - start), 224, 224))
         films = [Film(f"f{start + i}", "", (smooth + part).astype(np.uint8), None) for i, part in enumerate(noise)]
-        block = write_block(storage, pixels, films, 224)
-        index += [{"image_id": f.fingerprint, "block": block, "row": i, "sha256": ""} for i, f in enumerate(films)]
+        written = write_block(storage, pixels, films, 224).to_pylist()
+        index += [{**row, "image_id": row["fingerprint"]} for row in written]
     storage.write_table(f"{FOLDER}/{key}/index.parquet", pa.Table.from_pylist(index))
     order = stream(0, "bench", "order").permutation(n)
     return storage, key, [f"f{i}" for i in order]

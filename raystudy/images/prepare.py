@@ -34,6 +34,7 @@ from raystudy.images.decode import Unreadable, decode_film
 from raystudy.images.originals import LARGEST_FILE, fingerprints, locate, read_original
 from raystudy.images.settings import ImageSettings
 from raystudy.images.store import (
+    CATALOG,
     FOLDER,
     Film,
     pixels_key,
@@ -51,6 +52,14 @@ AHEAD = 8  # films fetched ahead in one task; bounds its memory
 TRIES = 3  # of what a worker died on
 MOST_DEATHS = 20  # films that may end their worker each time; with more it is not the films
 DIED = "its decoder died"
+ANSWER = pa.schema(
+    [
+        ("first", pa.string()),
+        ("films", pa.int64()),
+        ("catalog", pa.list_(pa.struct(list(CATALOG)))),
+        ("refusal", pa.list_(pa.string())),
+    ]
+)
 
 Progress = Callable[[int, int, float], None]
 
@@ -88,7 +97,7 @@ def prepare_images(
     table : columns image_id and uri; one row an image.
     settings : what decides about pixels; ``unreadable`` is the caller's business.
     storage : root of the studies.
-    progress : called with (films done, films to do, films per second) after every block.
+    progress : called with (films done, films to do, films per second) after every task.
 
     Raises
     ------
@@ -100,9 +109,10 @@ def prepare_images(
     catalog, loose = read_catalog(storage, pixels)
     held = set(catalog["fingerprint"])
     todo = films[~films["fingerprint"].isin(held)].drop_duplicates("fingerprint").sort_values("uri")
-    blocks, died = _decode_all(todo, settings, storage, pixels, progress)
-    if loose or blocks:
-        catalog, _ = read_catalog(storage, pixels)
+    written, died = _decode_all(todo, settings, storage, pixels, progress)
+    if loose or written.num_rows:
+        held_rows = pa.Table.from_pandas(catalog, schema=CATALOG, preserve_index=False)
+        catalog = pa.concat_tables([held_rows, written]).to_pandas().drop_duplicates("fingerprint")
         write_catalog(storage, pixels, catalog)
 
     placed = films.merge(catalog, on="fingerprint", how="left", validate="many_to_one")
@@ -142,15 +152,16 @@ def _unread_originals(quarantine: pd.DataFrame) -> Iterator[tuple[str, str]]:
 
 def _decode_all(
     todo: pd.DataFrame, settings: ImageSettings, storage: Storage, pixels: str, progress: Progress
-) -> tuple[int, set[str]]:
+) -> tuple[pa.Table, set[str]]:
     """Decode the films that the store lacks.
 
     Returns
     -------
-    number of blocks written, fingerprints of the films that end every worker.
+    the catalogue's rows of what was written, fingerprints of the films that end every worker.
     """
+    written = [CATALOG.empty_table()]
     if todo.empty:
-        return 0, set()
+        return written[0], set()
     _prepare_ray_data()
     per_task = BLOCK_FILMS * TASK_BLOCKS
     parts = [
@@ -158,14 +169,14 @@ def _decode_all(
         for start in range(0, len(todo), per_task)
     ]
     decode = partial(decode_batch, settings=settings, storage=storage, pixels=pixels)
-    done, blocks, started = 0, 0, time.monotonic()
+    done, started = 0, time.monotonic()
 
     def note(answer: pa.Table) -> None:
-        nonlocal done, blocks
+        nonlocal done
         for what, where, remedy in filter(None, answer["refusal"].to_pylist()):
             raise StudyError(what, where=where, remedy=remedy)
-        counts = answer["films"].to_pylist()
-        done, blocks = done + sum(counts), blocks + len(counts)
+        written.extend(pa.Table.from_struct_array(rows.flatten()) for rows in answer["catalog"].chunks)
+        done += sum(answer["films"].to_pylist())
         progress(done, len(todo), done / max(time.monotonic() - started, 1e-9))
 
     for _ in range(TRIES - 1):
@@ -174,7 +185,7 @@ def _decode_all(
         if len(parts) in (0, given):
             break
     died = _one_by_one(pa.concat_tables(parts), decode, note) if parts else set[str]()
-    return blocks, died
+    return pa.concat_tables(written), died
 
 
 def _unanswered(parts: list[pa.Table], decode: partial[pa.Table], note: Callable[[pa.Table], None]) -> list[pa.Table]:
@@ -237,13 +248,12 @@ def decode_batch(batch: pa.Table, settings: ImageSettings, storage: Storage, pix
 
     Returns
     -------
-    columns first (fingerprint of the task's first film), films (of each block) and refusal (what, where, remedy): a
-    storage that refuses is an answer to the driver, not a failure of Ray.
+    one row: fingerprint of the task's first film, number of its films, what the catalogue will say of them, and refusal
+    (what, where, remedy): a storage that refuses is an answer to the driver, not a failure of Ray.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # this process is Ray's worker; oddities become reasons
     uris, marks = batch["uri"].to_pylist(), batch["fingerprint"].to_pylist()
-    counts: list[int] = []
-    refusal = None
+    written, refusal = [CATALOG.empty_table()], None
     try:
         originals = _fetched(uris)
         for start in range(0, len(uris), BLOCK_FILMS):
@@ -251,13 +261,12 @@ def decode_batch(batch: pa.Table, settings: ImageSettings, storage: Storage, pix
             fetched = zip(uris[part], marks[part], originals, strict=False)  # originals goes on in the next block
             films = [_film(uri, mark, data, settings) for uri, mark, data in fetched if data is not None]
             if films:
-                write_block(storage, pixels, films, settings.size)
-            counts.append(len(uris[part]))
+                written.append(write_block(storage, pixels, films, settings.size))
     except StudyError as error:
         refusal = [error.what, error.where, error.remedy]
-        counts.append(0)
-    refusals = pa.array([refusal] * len(counts), pa.list_(pa.string()))
-    return pa.table({"first": marks[:1] * len(counts), "films": counts, "refusal": refusals})
+    catalog = pa.concat_tables(written).to_pylist()
+    answer = {"first": marks[0], "films": len(marks), "catalog": catalog, "refusal": refusal}
+    return pa.Table.from_pylist([answer], schema=ANSWER)
 
 
 def _film(uri: str, fingerprint: str, original: bytes, settings: ImageSettings) -> Film:

@@ -74,8 +74,8 @@ def study_key(settings: ImageSettings, originals: Iterable[tuple[str, str]]) -> 
     return f"{pixels_key(settings)}-{digest[:12]}"
 
 
-def write_block(storage: Storage, pixels: str, films: Sequence[Film], size: int) -> str:
-    """Write one block, its rows in the order of ``films``, and return its name."""
+def write_block(storage: Storage, pixels: str, films: Sequence[Film], size: int) -> pa.Table:
+    """Write one block, its rows in the order of ``films``, and return what the catalogue will say of it."""
     values = [None if film.pixels is None else film.pixels.tobytes() for film in films]
     table = pa.table(
         {
@@ -91,7 +91,7 @@ def write_block(storage: Storage, pixels: str, films: Sequence[Film], size: int)
     data = sink.getvalue().to_pybytes()
     block = _name(data)
     storage.write_bytes(f"{FOLDER}/{pixels}/blocks/{block}.parquet", data)
-    return block
+    return _catalogued(table, block)
 
 
 def read_catalog(storage: Storage, pixels: str) -> tuple[pd.DataFrame, int]:
@@ -140,7 +140,10 @@ def _name(data: bytes) -> str:
 
 
 def _catalog_of(root: Storage, block: str) -> pa.Table:
-    table = _checked_table(root, f"blocks/{block}.parquet", ["fingerprint", "sha256", "reason"])
+    return _catalogued(_checked_table(root, f"blocks/{block}.parquet", ["fingerprint", "sha256", "reason"]), block)
+
+
+def _catalogued(table: pa.Table, block: str) -> pa.Table:
     table = table.append_column("block", pa.array([block] * table.num_rows, pa.string()))
     return table.append_column("row", pa.array(range(table.num_rows), pa.int32())).select(CATALOG.names)
 

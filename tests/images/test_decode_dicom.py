@@ -111,7 +111,7 @@ def test_what_the_machine_lacks_is_no_property_of_the_film(tmp_path: Path, monke
         with monkeypatch.context() as lacking:
             lacking.setattr(target, name, value)
             (answer,) = decode_batch(batch, SETTINGS, storage, pixels).to_pylist()
-        assert answer["films"] == 0
+        assert answer["catalog"] == []
         assert what in answer["refusal"][0]
         assert answer["refusal"][1] == str(tmp_path / "a.dcm")
         assert remedy in answer["refusal"][2]

@@ -18,7 +18,7 @@ from raystudy.images import prepare
 from raystudy.images.decode import decode_film
 from raystudy.images.prepare import BLOCK_FILMS, prepare_images
 from raystudy.images.settings import ImageSettings
-from raystudy.images.store import load_index, load_pixels, load_quarantine
+from raystudy.images.store import load_index, load_pixels, load_quarantine, pixels_key, read_catalog
 from raystudy.storage import Storage, open_storage
 from raystudy.streams import stream
 from tests.images.films import encoded, film
@@ -111,6 +111,18 @@ def test_a_second_study_decodes_only_what_the_first_had_not(storage: Storage) ->
     )
     other = prepare_images(table.iloc[:3], ImageSettings(size=48), studies)
     assert (other.n_new, other.key.split("-")[0]) == (3, "squash48")
+
+
+def test_the_catalogue_is_what_its_blocks_say(storage: Storage) -> None:
+    table, studies, pixels = write_films(storage, BLOCK_FILMS + 3), storage.child("studies"), pixels_key(SETTINGS)
+    storage.write_bytes("originals/2/00002.png", b"no film")
+    assert len(prepare_images(table, SETTINGS, studies).quarantine) == 1
+    catalog, loose = read_catalog(studies, pixels)
+    assert (len(catalog), loose) == (len(table), 0)
+    studies.delete_tree(f"_images/{pixels}/catalog")
+    anew, loose = read_catalog(studies, pixels)
+    assert loose == 2
+    pd.testing.assert_frame_equal(*(t.sort_values("fingerprint", ignore_index=True) for t in (catalog, anew)))
 
 
 def test_an_original_that_was_replaced_is_decoded_again(tmp_path: Path) -> None:

@@ -34,12 +34,8 @@ def store(tmp_path: Path) -> tuple[Storage, str]:
         ids = IDS[block::3]
         films = [Film(name, "", rng.integers(0, 256, (32, 32), dtype=np.uint8), None) for name in ids]
         films.insert(2, Film("bad", "", None, "truncated"))
-        name = write_block(storage, pixels, films, 32)
-        rows += [
-            {"image_id": film.fingerprint, "block": name, "row": row, "sha256": ""}
-            for row, film in enumerate(films)
-            if film.reason is None
-        ]
+        written = write_block(storage, pixels, films, 32).to_pylist()
+        rows += [{**row, "image_id": row["fingerprint"]} for row in written if row["reason"] is None]
     storage.write_table(f"{FOLDER}/{key}/index.parquet", pa.Table.from_pylist(rows))
     return storage, key
 
