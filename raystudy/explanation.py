@@ -7,17 +7,14 @@ its bytes follow from trial and settings alone.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import torch
 
-from raystudy.errors import DamagedFileError
 from raystudy.explanation_chunks import FOLDER, Pieces, Watch, exact_numerics
 from raystudy.explanation_faithfulness import (
     Masks,
@@ -27,52 +24,18 @@ from raystudy.explanation_faithfulness import (
     mask_share_table,
     pairs_table,
 )
+from raystudy.explanation_jobs import Job, explained, job_directory, job_settings
 from raystudy.explanation_prototypes import PrototypeJob, Sources, make_explainer
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.relevance import unique_prototypes
-from raystudy.results import DONE, PROTOTYPES, damaged_files, read_result, sealed, write_sealed
+from raystudy.results import DONE, PROTOTYPES, read_result, sealed, write_sealed
 from raystudy.storage import Storage
 from raystudy.trial import load_model
 from raystudy.trial_spec import TrialSpec
 
-Job = Literal["faithfulness", "prototypes"]
-
-__all__ = ["JOBS", "Job", "explain_trial", "explained", "job_directory"]
-
-JOBS: tuple[Job, ...] = ("prototypes", "faithfulness")
 SCHEMA = 1
 IMAGES_PER_CHUNK = 16
-_COMMON = ("rule", "l2_power", "l2_eps", "precision")
-_OF_JOB: dict[str, tuple[str, ...]] = {
-    "faithfulness": (*_COMMON, "adai_images", "adai_draws", "mask_share", "ranking", "noise", "upsampling"),
-    "prototypes": (*_COMMON, "prp_scale", "top_k", "superposition"),
-}
-
-
-def job_settings(job: Job, settings: ExplainSettings) -> dict[str, Any]:
-    """Return the settings that a job's files depend on."""
-    if job not in _OF_JOB:
-        raise ValueError(f"job must be one of {', '.join(JOBS)}, not {job!r}")
-    values = dataclasses.asdict(settings)
-    return {name: values[name] for name in _OF_JOB[job]}
-
-
-def job_directory(job: Job, settings: ExplainSettings) -> str:
-    """Return the job's directory below the trial's: ``explain/<job>-<8 hex of its settings>``."""
-    default = dataclasses.asdict(ExplainSettings())
-    told = {k: v for k, v in job_settings(job, settings).items() if v != default[k]}  # a new key keeps old directories
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    return f"explain/{job}-{digest[:8]}"
-
-
-def explained(job: Job, storage: Storage, settings: ExplainSettings) -> bool:
-    """Whether a job of a trial's directory is done and its files are what was written."""
-    place = storage.child(*job_directory(job, settings).split("/"))
-    try:
-        return place.exists(DONE) and not damaged_files(place, DONE)
-    except DamagedFileError:
-        return False
 
 
 def explain_trial(

@@ -7,19 +7,20 @@ All bytes follow from the values alone: no times, hosts, devices, paths or versi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import safetensors.torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from raystudy.errors import DamagedFileError, StudyError
 from raystudy.results import MODEL, PREDICTIONS, PROTOTYPES, RESULT, RESULT_SCHEMA, SPEC, sealed, write_sealed
 from raystudy.storage import Storage, json_bytes
 from raystudy.trial_spec import TrialSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREDICTION_SCHEMA = pa.schema(
     [
@@ -139,6 +140,8 @@ def accuracy_by_test_set(predictions: pa.Table) -> dict[str, dict[str, float | i
 
 def write_model(storage: Storage, state: Mapping[str, Tensor]) -> None:
     """Write model.safetensors: parameters and batch norm statistics under the network's names."""
+    import safetensors.torch  # torch: who writes or reads the other files alone does not wait for it
+
     storage.write_bytes(MODEL, safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in state.items()}))
 
 
@@ -151,4 +154,6 @@ def write_result(storage: Storage, result: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_model(storage: Storage) -> dict[str, Tensor]:
     """Return the tensors of model.safetensors, checked against result.json where that exists."""
+    import safetensors.torch
+
     return safetensors.torch.load(sealed(storage).read_bytes(MODEL))

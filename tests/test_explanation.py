@@ -17,8 +17,9 @@ import safetensors.numpy
 import torch
 
 from raystudy.evaluate.faithfulness import METHODS, average_drop, average_increase, summarise
-from raystudy.explanation import JOBS, explain_trial, explained, job_directory
+from raystudy.explanation import explain_trial
 from raystudy.explanation_faithfulness import balanced_order, faithfulness_test_set, look, masked_scores, positive_share
+from raystudy.explanation_jobs import JOBS, explained, job_directory
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.protopnet.normalise import normalise

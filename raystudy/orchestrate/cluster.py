@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from raystudy.config import Resources
-from raystudy.explanation import JOBS, Job
+from raystudy.explanation_jobs import JOBS, Job
 from raystudy.orchestrate.explain import Explainer, ExplainJob
 from raystudy.orchestrate.metrics import StudyMetrics
 from raystudy.orchestrate.plan import PlannedTrial

@@ -26,7 +26,6 @@ from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.local_paths import refuse_local_paths
 from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.phantoms import write_phantom_originals
-from raystudy.orchestrate.plain import run_plain
 from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.progress import Display, Silent, display
 from raystudy.orchestrate.search import SearchBook, search_experiment
@@ -208,6 +207,8 @@ def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, ad
         run.study.keep_image_keys(run.films.arrays)
         with run.stop.signals():
             if executor == "plain":
+                from raystudy.orchestrate.plain import run_plain  # torch: only where this process trains
+
                 run_plain(run)
             else:
                 run_on_ray(run, plan.experiment.resources, session)

@@ -17,13 +17,12 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from raystudy.explanation import Job, job_directory
+from raystudy.explanation_jobs import Job, job_directory
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.orchestrate.assignment import FAILED, Assignment, Device, Status, TrialRows, stop_watch, words
 from raystudy.orchestrate.session import EXPLAIN
 from raystudy.orchestrate.slot import Placement, is_final, pause_before_retry
-from raystudy.orchestrate.worker import explain
 from raystudy.results import write_sealed
 from raystudy.study import Study
 
@@ -57,6 +56,8 @@ class ExplainNews:
 @ray.remote(max_retries=0)
 def explanation_task(job: Job, assignment: Assignment, images: ImageArray, settings: ExplainSettings) -> Status:
     """Do one explanation job in a process of its own."""
+    from raystudy.orchestrate.worker import explain  # torch: in this process, not in the driver's
+
     return explain(job, assignment, images, settings, stop_watch(assignment.study, owner=assignment.owner))
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from raystudy.protopnet import ProtoPNet
 from raystudy.protopnet.settings import ModelSettings
-from raystudy.protopnet.weights import start_from_weights
 
 
 def check_initial_weights(models: Iterable[ModelSettings], *, local: bool) -> None:
@@ -23,4 +21,7 @@ def check_initial_weights(models: Iterable[ModelSettings], *, local: bool) -> No
     for model in dict.fromkeys(models):
         if model.weights == "none" or (model.weights == "imagenet" and not local):
             continue
+        from raystudy.protopnet.model import ProtoPNet  # torch: only where there is something to load
+        from raystudy.protopnet.weights import start_from_weights
+
         start_from_weights(ProtoPNet.from_settings(model), model)

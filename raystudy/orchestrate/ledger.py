@@ -17,9 +17,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from raystudy.checkpoint import Checkpoints
 from raystudy.errors import DamagedFileError
-from raystudy.explanation import JOBS, Job, explained, job_directory
+from raystudy.explanation_jobs import JOBS, Job, explained, job_directory
 from raystudy.orchestrate.assignment import FAILED, RETRIED, STOPPED, Rows, TrialRows
 from raystudy.orchestrate.identity import digest
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
@@ -154,6 +153,8 @@ class Ledger:
             raise DamagedFileError(what, where=directory.address(name), remedy=REMEDIES[RESULT])
         keep_spec(directory, trial.spec)
         if any(n.startswith("checkpoint/") for n in names):  # its worker died before it cleared them
+            from raystudy.checkpoint import Checkpoints  # torch
+
             Checkpoints(directory.child("checkpoint"), trial.spec.fingerprint()).clear()
         for job in JOBS:
             done = f"{job_directory(job, trial.explain)}/{DONE}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from raystudy.explanation import JOBS, Job
+from raystudy.explanation_jobs import JOBS, Job
 from raystudy.orchestrate.assignment import Assignment, Device, perform
 from raystudy.orchestrate.plan import PlannedTrial
 from raystudy.orchestrate.search import value_of

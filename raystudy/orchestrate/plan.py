@@ -31,7 +31,7 @@ from raystudy.orchestrate.identity import (
 from raystudy.protopnet.settings import ModelSettings
 from raystudy.storage import Storage
 from raystudy.study import FORMAT_VERSION
-from raystudy.trial import TrialSpec
+from raystudy.trial_spec import TrialSpec
 
 ROW_COLUMNS = ("image_id", "patient_id", "source", "label", "role")
 TEST_COLUMNS = ("image_id", "patient_id", "source", "label", "test_set")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-from raystudy.explanation import Job
+from raystudy.explanation_jobs import Job
 from raystudy.orchestrate.assignment import Work, stop_watch, write_stop
 from raystudy.orchestrate.films import Films
 from raystudy.orchestrate.ledger import Ledger

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pandas as pd
 
 from raystudy.errors import StudyError
-from raystudy.explanation import Job, explain_trial, job_directory
+from raystudy.explanation import explain_trial
+from raystudy.explanation_jobs import Job, job_directory
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.orchestrate.assignment import FAILED, Assignment, Device, Status, read_rows

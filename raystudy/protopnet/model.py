@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from raystudy.protopnet.settings import ModelSettings
-from raystudy.torchvision_shim import models
 
 SIMILARITY_EPS = 1e-4
 LAST_LAYER_OWN, LAST_LAYER_OTHER = 1.0, -0.5
@@ -38,6 +37,8 @@ class Backbone(nn.Module):
     """A ResNet of torchvision without average pool and fc, cut after ``layers`` stages; its closing ReLU is kept."""
 
     def __init__(self, name: str, layers: int) -> None:
+        from raystudy.torchvision_shim import models  # slow to import, and whoever only looks at maps builds no network
+
         super().__init__()
         with torch.device("meta"):
             whole = getattr(models, name)(weights=None)

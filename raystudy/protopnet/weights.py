@@ -18,11 +18,12 @@ from torch import Tensor
 from raystudy.errors import StudyError
 from raystudy.protopnet.model import ProtoPNet
 from raystudy.protopnet.settings import ModelSettings
-from raystudy.torchvision_shim import models
 
 
 def imagenet_file(backbone: str) -> Path:
     """Return where torchvision keeps its ImageNet weights of a ResNet; the file need not be there."""
+    from raystudy.torchvision_shim import models
+
     url = models.get_model_weights(backbone).IMAGENET1K_V1.url
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 

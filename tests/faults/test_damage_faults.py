@@ -18,7 +18,8 @@ from mlflow.tracking import MlflowClient
 
 from raystudy.config import Tracking
 from raystudy.errors import DamagedFileError, StudyError
-from raystudy.explanation import explain_trial, job_directory
+from raystudy.explanation import explain_trial
+from raystudy.explanation_jobs import job_directory
 from raystudy.mirror import Mirror
 from raystudy.orchestrate.assignment import FAILED, STOPPED, write_stop
 from raystudy.orchestrate.driver import run_study

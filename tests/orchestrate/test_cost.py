@@ -15,7 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from raystudy.config import load_experiment
-from raystudy.explanation import JOBS, explain_trial
+from raystudy.explanation import explain_trial
+from raystudy.explanation_jobs import JOBS
 from raystudy.images.array import ImageArray
 from raystudy.images.decode import decode_film
 from raystudy.orchestrate import cost

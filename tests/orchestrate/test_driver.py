@@ -326,6 +326,12 @@ def test_a_trial_that_was_interrupted_is_an_interrupted_run_however_late_the_wis
     assert run_tiny(films, place, work=interrupted, executor="plain").exit_code == 130
 
 
+def test_a_driver_starts_without_torch() -> None:
+    slow = "{'torch', 'scipy.stats', 'mlflow'}"
+    code = f"import sys, raystudy.orchestrate.driver; sys.exit({slow} & {{*sys.modules}} or 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_second_driver_is_refused(films: Path, tmp_path: Path) -> None:
     plan, root = planned(films, tmp_path)
     with locked(root.child("tiny")), pytest.raises(StudyError, match="another driver"):
