@@ -170,13 +170,13 @@ def components(estimates: Floats, resampled: Floats) -> Components:
     return Components(patients, interaction, float(estimates.var(ddof=1)) / k)
 
 
-def share_reach(share: Share) -> tuple[float, float]:
+def share_reach(share: Share, level: float = LEVEL) -> tuple[float, float]:
     """Return the distances from the estimate to the patients' limits, downwards and upwards.
 
     Outcomes: Wilson's limits with the measured variance; a measured quantity: t(n-1) sqrt(V), without any variation as
     outcomes.  Both reach at least as far as Wilson's limits for the effective number of patients p (1-p)/V.
     """
-    z = float(norm.ppf(0.5 + LEVEL / 2))
+    z = float(norm.ppf(0.5 + level / 2))
     n, p = share.patients, float(share.estimates.mean())
     stratum = max(2.0, n / share.strata)
     # Exp(1) weights give s^2/(m+1) with the divisor-m variance s^2 of m patients; unbiased is s^2/(m-1).
@@ -185,7 +185,7 @@ def share_reach(share: Share) -> tuple[float, float]:
         quantile = z
         limits = [_wilson(p, n, n * variance, z)]
     else:
-        quantile = float(student.ppf(0.5 + LEVEL / 2, n - 1))
+        quantile = float(student.ppf(0.5 + level / 2, n - 1))
         half = quantile * float(np.sqrt(variance))
         limits = [(max(0.0, p - half), min(1.0, p + half))]
     if variance >= 1e-18 and 0 < p < 1:
@@ -212,6 +212,7 @@ def combination_interval(
     *,
     offset: float = 0.0,
     bounds: tuple[float, float] | None = None,
+    level: float = LEVEL,
 ) -> Interval:
     """Return the interval of ``offset + sum(c * share)`` for shares of one design: same seeds, same resamples.
 
@@ -226,12 +227,12 @@ def combination_interval(
     estimates = np.stack([s.estimates for s in shares], axis=1) @ c  # k
     resampled = np.stack([s.resampled for s in shares], axis=2) @ c  # B, k
     means = np.stack([s.resampled.mean(axis=1) for s in shares])  # M, B
-    reaches = np.array([share_reach(s) for s in shares])  # M, 2: down, up
+    reaches = np.array([share_reach(s, level) for s in shares])  # M, 2: down, up
     correlation = _correlation(means)
     down = np.where(c > 0, c * reaches[:, 0], c * reaches[:, 1])
     up = np.where(c > 0, c * reaches[:, 1], c * reaches[:, 0])
     squared = np.array([down @ correlation @ down, up @ correlation @ up]).clip(0.0)
-    low, high = np.sqrt(squared + _seed_part(estimates, resampled))
+    low, high = np.sqrt(squared + _seed_part(estimates, resampled, level))
     theta = offset + float(estimates.mean())
     least, most = bounds or (-np.inf, np.inf)
     return Interval(theta, max(least, theta - float(low)), min(most, theta + float(high)), len(seeds))
@@ -245,18 +246,18 @@ def plain_interval(estimates: Floats, resampled: Floats, seeds: int | None = Non
     estimates : (k,) one a seed.  resampled : (B, k).
     """
     z = float(norm.ppf(0.5 + LEVEL / 2))
-    half = np.sqrt(z * z * components(estimates, resampled).patients + _seed_part(estimates, resampled))
+    half = np.sqrt(z * z * components(estimates, resampled).patients + _seed_part(estimates, resampled, LEVEL))
     theta = float(estimates.mean())
     return Interval(theta, theta - float(half), theta + float(half), seeds or estimates.size)
 
 
-def _seed_part(estimates: Floats, resampled: Floats) -> float:
+def _seed_part(estimates: Floats, resampled: Floats, level: float) -> float:
     """Return max(0, t(k-1)^2 S - z^2 I); 0 for one seed."""
     k = estimates.size
     if k == 1:
         return 0.0
     parts = components(estimates, resampled)
-    z, t = float(norm.ppf(0.5 + LEVEL / 2)), float(student.ppf(0.5 + LEVEL / 2, k - 1))
+    z, t = float(norm.ppf(0.5 + level / 2)), float(student.ppf(0.5 + level / 2, k - 1))
     return max(0.0, t * t * parts.seeds - z * z * parts.interaction)
 
 

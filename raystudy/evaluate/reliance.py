@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raystudy.evaluate.arm import Arm, common_seeds
-from raystudy.evaluate.intervals import CROSSED, Interval, Share, combination_interval, label_of
+from raystudy.evaluate.intervals import CROSSED, LEVEL, Interval, Share, combination_interval, label_of
 
 FIRST, SECOND = "Test-100H1", "Test-100H2"
 
@@ -33,7 +33,8 @@ class Verdict:
     """What a page may say in one sentence, and what it rests on.
 
     follows : ``hospital`` (the slope's interval lies above 0), ``inverse`` (below 0), ``uneven`` (0 inside, but the
-    hospitals fare differently at some mixture), ``neither shown`` or ``unknown`` (fewer than two mixtures).
+    hospitals fare differently at some mixture, by intervals that hold for all of them together), ``neither shown`` or
+    ``unknown`` (fewer than two mixtures).
     below, above : the mixtures nearest to 50 on either side from which on outwards SRI's interval lies on the slope's
     side of 0; None where there is none.
     """
@@ -117,10 +118,10 @@ def verdict(arm: Arm, task: str) -> Verdict:
     rests_on = f"; 95 % intervals{'' if label == CROSSED else f', {label}'}."
     if not line.excludes(0.0):
         trend = f"{ends}, slope {_interval(line)}"
-        odd = [r for r in values if r.source_reliance.excludes(0.0)]
+        odd = _unequal_mixtures(arm)
         if odd:
             uneven = "fares differently on the two hospitals, but is not shown to follow the mixture"
-            sentence = f"The {task} classifier {uneven}: {trend}{_unequal(odd)}"
+            sentence = f"The {task} classifier {uneven}: {trend}{_unequal(odd, len(values))}"
             return Verdict(task, "uneven", line, None, None, first, last, sentence + rests_on)
         sentence = f"No dependence of the {task} classifier on the hospital is shown: {trend}"
         return Verdict(task, "neither shown", line, None, None, first, last, sentence + rests_on)
@@ -138,9 +139,17 @@ def _reach(below: Reliance | None, above: Reliance | None) -> str:
     return f", shown {' and '.join(parts)}" if parts else ", shown by the trend, at no single mixture"
 
 
-def _unequal(odd: list[Reliance]) -> str:
+def _unequal_mixtures(arm: Arm) -> list[int]:
+    """Return the mixtures where SRI's interval excludes 0, at Bonferroni's level for all of them together."""
+    pairs = {x: pair for x in arm.mixtures if (pair := _pair(arm, x)) is not None}
+    level = 1 - (1 - LEVEL) / max(1, len(pairs))
+    return [x for x, pair in pairs.items() if combination_interval(pair, (1.0, -1.0), level=level).excludes(0.0)]
+
+
+def _unequal(odd: list[int], n_mixtures: int) -> str:
     """Name the mixtures at which the interval of SRI excludes 0."""
-    return f"; its interval excludes 0 at {', '.join(mixture_name(r.h1_share) for r in odd)}"
+    names = ", ".join(mixture_name(x) for x in odd)
+    return f"; its interval, corrected for {n_mixtures} mixtures, excludes 0 at {names}"
 
 
 def _at_balance(values: list[Reliance]) -> str:
