@@ -232,26 +232,13 @@ def combination_interval(
     down = np.where(c > 0, c * reaches[:, 0], c * reaches[:, 1])
     up = np.where(c > 0, c * reaches[:, 1], c * reaches[:, 0])
     squared = np.array([down @ correlation @ down, up @ correlation @ up]).clip(0.0)
-    low, high = np.sqrt(squared + _seed_part(estimates, resampled, level))
+    low, high = np.sqrt(squared + seed_part(estimates, resampled, level))
     theta = offset + float(estimates.mean())
     least, most = bounds or (-np.inf, np.inf)
     return Interval(theta, max(least, theta - float(low)), min(most, theta + float(high)), len(seeds))
 
 
-def plain_interval(estimates: Floats, resampled: Floats, seeds: int | None = None) -> Interval:
-    """Return the interval of a statistic that is no share (a mean drop): the same formula with reach = z sqrt(V).
-
-    Parameters
-    ----------
-    estimates : (k,) one a seed.  resampled : (B, k).
-    """
-    z = float(norm.ppf(0.5 + LEVEL / 2))
-    half = np.sqrt(z * z * components(estimates, resampled).patients + _seed_part(estimates, resampled, LEVEL))
-    theta = float(estimates.mean())
-    return Interval(theta, theta - float(half), theta + float(half), seeds or estimates.size)
-
-
-def _seed_part(estimates: Floats, resampled: Floats, level: float) -> float:
+def seed_part(estimates: Floats, resampled: Floats, level: float = LEVEL) -> float:
     """Return max(0, t(k-1)^2 S - z^2 I); 0 for one seed."""
     k = estimates.size
     if k == 1:
