@@ -136,6 +136,7 @@ def test_options_of_a_submission_reach_the_run_and_its_exit_code_comes_back(spac
     assert "--take-over" in done.stdout
     done = space.raystudy("submit", long_study, "--address", HERE, *more, "--take-over", "--only", "failed")
     assert done.returncode == 0, done.stdout
+    assert "SUCCEEDED" in done.stdout, "the log is followed to its end"
     assert not lock.exists()
     assert {t["state"] for t in json.loads(space.raystudy("status", long_study, *more, "--json").stdout)["trials"]} == {
         "waiting"
@@ -155,25 +156,6 @@ client.send_signal(signal.SIGINT)
 rest, errors = client.communicate(timeout=60)
 print(said + rest, errors, client.returncode, sep="\\0")
 """
-
-
-@needs_a_space
-def test_who_stops_following_hears_that_the_job_goes_on(space: Space, long_study: Path) -> None:
-    more = ("--set", "name=followed", "--set", "mixtures=[50]", "--set", "training.epochs=5000")
-    submit = (BIN / "raystudy", "submit", long_study, "--address", HERE, *more)
-    done = space.run(BIN / "python", "-c", FOLLOWER, *submit, PYTHONUNBUFFERED="1")
-    said, errors, code = done.stdout.split("\0")
-    assert int(code) == 130, done
-    job = re.findall(r"submitted (raystudy-followed-[\w-]+)", said)[0]
-    log = f"ray job logs {job} --follow --address {HERE}"
-    for words in (f"{job} goes on", "raystudy status", log, "raystudy stop"):
-        assert words in errors
-    assert "run the same command again" not in errors
-    now = json.loads(space.raystudy("status", long_study, *more, "--json").stdout)
-    assert now["driver"] is not None
-    assert space.raystudy("stop", long_study, *more).returncode == 0
-    study = Study.at(str(space.home / "studies"), "followed")
-    wait_for("the driver's end", lambda: study.driver() is None, 120)
 
 
 @needs_a_space
@@ -224,10 +206,15 @@ def test_a_job_outlives_its_client_is_stopped_with_checkpoints_and_goes_on(
     done = space.raystudy("stop", long_study)
     assert (done.returncode, "nobody runs this study" in done.stderr) == (2, True)
 
-    done = space.raystudy("submit", long_study, "--address", HERE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "SUCCEEDED" in done.stdout
-    assert "finished" in done.stdout, "the log is followed to its end"
+    follower = (BIN / "python", "-c", FOLLOWER, BIN / "raystudy", "submit", long_study, "--address", HERE)
+    said, errors, code = space.run(*follower, PYTHONUNBUFFERED="1").stdout.split("\0")
+    assert int(code) == 130, said + errors
+    job = re.findall(r"submitted (raystudy-tiny-[\w-]+)", said)[0]
+    log = f"ray job logs {job} --follow --address {HERE}"
+    for words in (f"{job} goes on", "raystudy status", log, "raystudy stop"):
+        assert words in errors
+    assert "run the same command again" not in errors
+    wait_for("the driver's end", lambda: status(space, long_study)["driver"] is None, 240)
     assert [t["state"] for t in status(space, long_study)["trials"]] == ["finished"] * 3
     events = [[e["event"] for e in study.trial(t).read_events("events")] for t in ids]
     assert sum("resumed" in names for names in events) == interrupted
