@@ -28,7 +28,9 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for module in chosen.only or MODULES:
         print(f"measuring {module} …", file=sys.stderr, flush=True)
-        rows += importlib.import_module(f"benchmarks.{module}").rows()
+        for row in importlib.import_module(f"benchmarks.{module}").rows():
+            print(f"{row['name']}: {row['ratio']:.3g}", file=sys.stderr, flush=True)
+            rows.append(row)
     for row in rows:
         numbers = [f"{float(str(row[key])):.3g}" for key in ("ratio", "ours", "peer")]
         table.add_row(str(row["name"]), *numbers, str(row["unit"]), str(row["n"]), str(row["note"]))

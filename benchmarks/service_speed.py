@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,22 +49,20 @@ LONG_SCHEDULE = [  # the paper's: its results are as long as they get
 ]
 
 
-def rows(sleep_seconds: float = SLEEP_SECONDS, many: int = MANY) -> list[dict[str, Any]]:
-    """Return the measured rows: name, ratio, ours, peer, unit, n, note."""
+def rows(sleep_seconds: float = SLEEP_SECONDS, many: int = MANY) -> Iterator[dict[str, Any]]:
+    """Yield the measured rows: name, ratio, ours, peer, unit, n, note."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # else every other process goes before Ray's workers
     with tempfile.TemporaryDirectory(prefix="raystudy-bench-") as folder:
         place = Path(folder)
         tiny.make_films(place)
         with connect(cpus=SLOTS, dashboard=False):
-            found = [
-                *null_trials(place),
-                sleepers(place, sleep_seconds),
-                *many_null_trials(place, many),
-                *checkpoints(place),
-            ]
+            yield from null_trials(place)
+            yield sleepers(place, sleep_seconds)
+            yield from many_null_trials(place, many)
+            yield from checkpoints(place)
             _run(place, "long", LONG_SCHEDULE)
-        return [*found, *status(place, many)]
+        yield from status(place, many)
 
 
 def null_trials(place: Path, n: int = NULL_TRIALS, rounds: int = ROUNDS) -> list[dict[str, Any]]:

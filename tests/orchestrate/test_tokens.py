@@ -26,7 +26,7 @@ CLUSTERS = {
     "authentication off here": ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": TOKEN}, GUARDED, "RAY_AUTH_MODE"),
 }
 
-FOUND = ("no token", "nobody is asked", "nobody is asked, token here")  # also without their address
+FOUND = ("no token", "nobody is asked")  # also without their address
 DOCTORS = ("doctor", "doctor by its head", "doctor by auto", "doctor by RAY_ADDRESS")
 
 
@@ -51,9 +51,8 @@ def namespace_is_allowed() -> bool:
 def test_tokens_of_real_clusters_are_checked_before_anything_is_sent_there(tmp_path: Path) -> None:
     file = tiny.experiment_file(tmp_path, tmp_path / "studies")
     right = {("right token", verb): on_cluster(file, verb, GUARDED, {"RAY_AUTH_TOKEN": TOKEN}) for verb in DOCTORS}
-    verbs = ("run by its head", "doctor by its head", "doctor", "submit")
-    pairs = [(name, verb) for name in CLUSTERS for verb in verbs]
-    ways = ("run by auto", "doctor by auto", "doctor by loopback", "doctor by RAY_ADDRESS")
+    pairs = [(name, verb) for name in CLUSTERS for verb in ("run by its head", "doctor", "submit")]
+    ways = ("doctor by its head", "run by auto", "doctor by loopback", "doctor by RAY_ADDRESS")
     pairs += [(name, verb) for name in FOUND for verb in ways]
     commands = {(name, verb): on_cluster(file, verb, CLUSTERS[name][1], CLUSTERS[name][0]) for name, verb in pairs}
     for verb in ("doctor", "submit"):  # the dashboard is asked with the token all the same
