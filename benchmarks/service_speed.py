@@ -170,7 +170,8 @@ def _study_of(place: Path, n: int) -> Path:
             target = root / "trials" / trial_id / name
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(place / "studies" / "long" / "trials" / finished / name, target)
-    write_sealed(open_storage(root), "plan.json", {**source.plan(), "study": "status", "trials": ids}, ())
+    plan = {key: value for key, value in source.plan().items() if key not in ("checksum", "sha256")}
+    write_sealed(open_storage(root), "plan.json", {**plan, "study": "status", "trials": ids}, ())
     return file
 
 

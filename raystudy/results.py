@@ -26,9 +26,9 @@ REMEDIES = {
 
 
 def write_sealed(storage: Storage, path: str, body: Mapping[str, Any], files: Iterable[str]) -> None:
-    """Write a JSON file that carries the checksums of ``files`` beside it and of itself; a seal in ``body`` goes."""
+    """Write a JSON file that carries the checksums of ``files`` beside it and of itself."""
     sums = {name: hashlib.sha256(storage.read_bytes(name)).hexdigest() for name in files}
-    whole = {**{k: v for k, v in body.items() if k != "checksum"}, "sha256": sums}
+    whole = {**body, "sha256": sums}
     storage.write_json(path, {**whole, "checksum": _checksum(whole)})
 
 

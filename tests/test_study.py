@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from raystudy.errors import DamagedFileError, StudyError
-from raystudy.results import read_sealed, write_sealed
+from raystudy.results import write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
 
@@ -24,13 +24,6 @@ def finished(**more: Any) -> dict[str, Any]:
     history = [{"epoch": epoch, "val_accuracy": float(epoch)} for epoch in range(50)]
     selected = {"epoch": 40, "val_accuracy": 88.5}
     return {"status": "finished", "history": history, "selected": selected, "n_train": 7, "axes": {}, **more}
-
-
-def test_a_sealed_file_may_be_written_again_from_what_was_read(tmp_path: Path) -> None:
-    storage = open_storage(tmp_path)
-    write_sealed(storage, "mark.json", {"n": 1}, ())
-    write_sealed(storage, "again.json", {**(read_sealed(storage, "mark.json") or {}), "n": 2}, ())
-    assert (read_sealed(storage, "again.json") or {})["n"] == 2
 
 
 @pytest.mark.parametrize("more", [{}, {"study": "n_train"}, {"weights": 'a "n_train" in words'}])

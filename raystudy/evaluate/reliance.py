@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from raystudy.evaluate.arm import Arm, common_seeds
-from raystudy.evaluate.intervals import CROSSED, LEVEL, Interval, Share, combination_interval, label_of
+from raystudy.evaluate.intervals import CROSSED, LEVEL, Floats, Interval, Share, combination_interval, label_of
 
 FIRST, SECOND = "Test-100H1", "Test-100H2"
+DIFFERENCE = (1.0, -1.0)  # of the two, which is SRI
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Verdict:
     """What a page may say in one sentence, and what it rests on.
 
     follows : ``hospital`` (the slope's interval lies above 0), ``inverse`` (below 0), ``uneven`` (0 inside, but the
-    hospitals fare differently at some mixture, by intervals that hold for all of them together), ``neither shown`` or
+    hospitals fare differently at some mixture or on average, by intervals that hold together), ``neither shown`` or
     ``unknown`` (fewer than two mixtures).
     below, above : the mixtures nearest to 50 on either side from which on outwards SRI's interval lies on the slope's
     side of 0; None where there is none.
@@ -52,16 +53,13 @@ class Verdict:
 def reliance(arm: Arm) -> list[Reliance]:
     """Return SRI and skill of every mixture with both tests, ascending in x."""
     found: list[Reliance] = []
-    for x in arm.mixtures:
-        pair = _pair(arm, x)
-        if pair is None:
-            continue
+    for x, pair in _pairs(arm).items():
         bounds = (-1.0, 1.0)
         found.append(
             Reliance(
                 x,
                 pair[0].seeds,
-                combination_interval(pair, (1.0, -1.0), bounds=bounds),
+                combination_interval(pair, DIFFERENCE, bounds=bounds),
                 combination_interval(pair, (1.0, 1.0), offset=-1.0, bounds=bounds),
             )
         )
@@ -73,17 +71,11 @@ def slope(arm: Arm) -> Interval | None:
 
     None for fewer than two mixtures or no common seed.
     """
-    pairs = {x: pair for x in arm.mixtures if (pair := _pair(arm, x)) is not None}
+    pairs = _pairs(arm)
     if len(pairs) < 2:
         return None
-    shares = [s for pair in pairs.values() for s in pair]
-    seeds = common_seeds(shares)
-    if not seeds:
-        return None
     x = np.array(list(pairs), dtype=np.float64) / 100
-    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    coefficients = [sign * w for w in weights for sign in (1.0, -1.0)]
-    return combination_interval([s.of(seeds) for s in shares], coefficients)
+    return _over_mixtures(pairs, (x - x.mean()) / ((x - x.mean()) ** 2).sum(), LEVEL)
 
 
 def threshold(values: list[Reliance], *, inverse: bool = False) -> tuple[Reliance | None, Reliance | None]:
@@ -118,10 +110,10 @@ def verdict(arm: Arm, task: str) -> Verdict:
     rests_on = f"; 95 % intervals{'' if label == CROSSED else f', {label}'}."
     if not line.excludes(0.0):
         trend = f"{ends}, slope {_interval(line)}"
-        odd = _unequal_mixtures(arm)
+        odd = _unequal(arm)
         if odd:
             uneven = "fares differently on the two hospitals, but is not shown to follow the mixture"
-            sentence = f"The {task} classifier {uneven}: {trend}{_unequal(odd, len(values))}"
+            sentence = f"The {task} classifier {uneven}: {trend}{odd}"
             return Verdict(task, "uneven", line, None, None, first, last, sentence + rests_on)
         sentence = f"No dependence of the {task} classifier on the hospital is shown: {trend}"
         return Verdict(task, "neither shown", line, None, None, first, last, sentence + rests_on)
@@ -139,17 +131,22 @@ def _reach(below: Reliance | None, above: Reliance | None) -> str:
     return f", shown {' and '.join(parts)}" if parts else ", shown by the trend, at no single mixture"
 
 
-def _unequal_mixtures(arm: Arm) -> list[int]:
-    """Return the mixtures where SRI's interval excludes 0, at Bonferroni's level for all of them together."""
-    pairs = {x: pair for x in arm.mixtures if (pair := _pair(arm, x)) is not None}
-    level = 1 - (1 - LEVEL) / max(1, len(pairs))
-    return [x for x, pair in pairs.items() if combination_interval(pair, (1.0, -1.0), level=level).excludes(0.0)]
+def _unequal(arm: Arm) -> str:
+    """Say where SRI differs from 0: on average over the mixtures, or at some; nothing where it is not shown to.
 
-
-def _unequal(odd: list[int], n_mixtures: int) -> str:
-    """Name the mixtures at which the interval of SRI excludes 0."""
-    names = ", ".join(mixture_name(x) for x in odd)
-    return f"; its interval, corrected for {n_mixtures} mixtures, excludes 0 at {names}"
+    The intervals hold together (Bonferroni): half of what may err is the mean's, half the mixtures'.  The mean sees
+    what is the same at every mixture and too weak, or its seeds too few, to be shown at one.
+    """
+    pairs = _pairs(arm)
+    allowed = (1 - LEVEL) / 2
+    each = {x: combination_interval(p, DIFFERENCE, level=1 - allowed / len(pairs)) for x, p in pairs.items()}
+    names = ", ".join(mixture_name(x) for x, interval in each.items() if interval.excludes(0.0))
+    found = [f"at {names}"] if names else []
+    mean = _over_mixtures(pairs, np.full(len(pairs), 1 / len(pairs)), 1 - allowed)
+    if mean is not None and mean.excludes(0.0):
+        found.append(f"on average over the mixtures ({mean.estimate:+.2f})".replace("-", "−"))
+    corrected = f"; corrected for {len(pairs)} mixtures and their mean, source reliance excludes 0"
+    return f"{corrected} {' and '.join(found)}" if found else ""
 
 
 def _at_balance(values: list[Reliance]) -> str:
@@ -164,6 +161,21 @@ def _at_balance(values: list[Reliance]) -> str:
 def mixture_name(h1_share: int) -> str:
     """Return the name of a mixture, xH1-yH2."""
     return f"{h1_share}H1-{100 - h1_share}H2"
+
+
+def _pairs(arm: Arm) -> dict[int, tuple[Share, Share]]:
+    """Return the accuracies on both one-hospital tests of every mixture that has both, ascending."""
+    return {x: pair for x in arm.mixtures if (pair := _pair(arm, x)) is not None}
+
+
+def _over_mixtures(pairs: dict[int, tuple[Share, Share]], weights: Floats, level: float) -> Interval | None:
+    """Return the interval of a weighted sum of the mixtures' SRI, from the seeds that all have; None for none."""
+    shares = [share for pair in pairs.values() for share in pair]
+    seeds = common_seeds(shares)
+    if not seeds:
+        return None
+    coefficients = [sign * weight for weight in weights for sign in DIFFERENCE]
+    return combination_interval([share.of(seeds) for share in shares], coefficients, level=level)
 
 
 def _pair(arm: Arm, x: int) -> tuple[Share, Share] | None:

@@ -106,16 +106,16 @@ def prepare_images(
     started = time.monotonic()
     films, quarantine = _admitted(table)
     pixels = pixels_key(settings)
-    catalog, loose = read_catalog(storage, pixels)
-    held = set(catalog["fingerprint"])
+    catalog = read_catalog(storage, pixels)
+    known, held = catalog.films, set(catalog.films["fingerprint"])
     todo = films[~films["fingerprint"].isin(held)].drop_duplicates("fingerprint").sort_values("uri")
     written, died = _decode_all(todo, settings, storage, pixels, progress)
-    if loose or written.num_rows:
-        held_rows = pa.Table.from_pandas(catalog, schema=CATALOG, preserve_index=False)
-        catalog = pa.concat_tables([held_rows, written]).to_pandas().drop_duplicates("fingerprint")
-        write_catalog(storage, pixels, catalog)
+    if catalog.loose or written.num_rows:
+        before = pa.Table.from_pandas(known, schema=CATALOG, preserve_index=False)
+        known = pa.concat_tables([before, written]).to_pandas().drop_duplicates("fingerprint")
+        write_catalog(storage, pixels, known, replaced=catalog.files)
 
-    placed = films.merge(catalog, on="fingerprint", how="left", validate="many_to_one")
+    placed = films.merge(known, on="fingerprint", how="left", validate="many_to_one")
     placed.loc[placed["block"].isna(), "reason"] = "missing"  # vanished after it was listed
     placed.loc[placed["fingerprint"].isin(died), "reason"] = DIED  # not in the store: the next prepare tries it again
     unread = placed[placed["reason"].notna()]

@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -94,23 +95,31 @@ def write_block(storage: Storage, pixels: str, films: Sequence[Film], size: int)
     return _catalogued(table, block)
 
 
-def read_catalog(storage: Storage, pixels: str) -> tuple[pd.DataFrame, int]:
-    """Return every film of the store and how many blocks no catalogue named; damaged catalogues do not count.
+class Catalog(NamedTuple):
+    """Every film of the store.
 
-    Returns
-    -------
-    catalogue : columns of ``CATALOG``, one row per fingerprint; number of blocks that had to be opened.
+    films : columns of ``CATALOG``, one row per fingerprint.  loose : number of blocks that no catalogue named.
+    files : the catalogues that were read.
     """
+
+    films: pd.DataFrame
+    loose: int
+    files: list[str]
+
+
+def read_catalog(storage: Storage, pixels: str) -> Catalog:
+    """Read the catalogues, and the blocks that none of them names; damaged catalogues do not count."""
     root = storage.child(FOLDER, pixels)
+    files = root.list("catalog")
     with ThreadPoolExecutor(READERS) as pool:
-        tables = [table for table in pool.map(lambda path: _if_there(root, path), root.list("catalog")) if table]
+        tables = [table for table in pool.map(lambda path: _if_there(root, path), files) if table]
         known = {block for table in tables for block in table["block"].unique().to_pylist()}
         names = [path.removeprefix("blocks/").removesuffix(".parquet") for path in root.list("blocks")]
         loose = [name for name in names if name not in known]
         tables += pool.map(lambda name: _catalog_of(root, name), loose)
     found = pa.concat_tables([CATALOG.empty_table(), *(table.cast(CATALOG) for table in tables)]).to_pandas()
     present = found[found["block"].isin(set(names))]  # a deleted block takes its catalogue rows along
-    return present.drop_duplicates("fingerprint").reset_index(drop=True), len(loose)
+    return Catalog(present.drop_duplicates("fingerprint").reset_index(drop=True), len(loose), files)
 
 
 def _if_there(root: Storage, path: str) -> pa.Table | None:
@@ -148,17 +157,16 @@ def _catalogued(table: pa.Table, block: str) -> pa.Table:
     return table.append_column("row", pa.array(range(table.num_rows), pa.int32())).select(CATALOG.names)
 
 
-def write_catalog(storage: Storage, pixels: str, catalog: pd.DataFrame) -> None:
-    """Write one catalogue of everything, then drop those that it replaces."""
+def write_catalog(storage: Storage, pixels: str, films: pd.DataFrame, replaced: Iterable[str]) -> None:
+    """Write one catalogue of everything, then drop those that it replaces; one of another prepare stays."""
     root = storage.child(FOLDER, pixels)
-    old = root.list("catalog")
-    table = pa.Table.from_pandas(catalog.sort_values("fingerprint"), schema=CATALOG, preserve_index=False)
+    table = pa.Table.from_pandas(films.sort_values("fingerprint"), schema=CATALOG, preserve_index=False)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
     name = f"catalog/{_name(data)}.parquet"
     root.write_bytes(name, data)
-    for path in old:
+    for path in replaced:
         if path != name:
             root.delete(path)
 

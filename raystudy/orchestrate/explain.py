@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
 from raystudy.orchestrate.assignment import FAILED, Assignment, Device, Status, TrialRows, stop_watch, words
 from raystudy.orchestrate.session import EXPLAIN
-from raystudy.orchestrate.slot import Placement, is_last, is_lost, pause_before_retry
+from raystudy.orchestrate.slot import Placement, is_final, pause_before_retry
 from raystudy.results import write_sealed
 from raystudy.study import Study
 
@@ -87,7 +87,6 @@ class Explainer:
     _waiting: deque[tuple[ExplainJob, int]] = field(default_factory=deque)
     _resting: list[tuple[float, ExplainJob, int]] = field(default_factory=list[tuple[float, ExplainJob, int]])
     _running: dict[Any, tuple[ExplainJob, int]] = field(default_factory=dict)
-    _lost: Counter[str] = field(default_factory=Counter[str])
 
     def add(self, job: ExplainJob) -> None:
         self._waiting.append((job, 1))
@@ -135,9 +134,7 @@ class Explainer:
             try:
                 news.append(ExplainNews(job, ray.get(ref)))
             except ray.exceptions.RayError as error:
-                self._lost[job.name] += is_lost(error)
-                last = is_last(error, attempt, self._lost[job.name], self.placement)
-                if not last and not self.stopping():
+                if attempt <= self.placement.max_failures and not is_final(error) and not self.stopping():
                     pause = pause_before_retry(error, attempt, self.placement, zlib.crc32(job.name.encode()))
                     self._resting.append((time.monotonic() + pause, job, attempt + 1))
                     news.append(ExplainNews(job, "retry", words(error)))

@@ -39,7 +39,6 @@ from raystudy.storage import Storage
 from raystudy.study import Study
 
 LONGEST_PAUSE = 300.0
-MOST_LOST = 20  # machines that may go away under one trial or explanation; they are no failures of it
 STOP_SECONDS = 60.0  # for a trial that a search stopped early
 
 
@@ -138,8 +137,7 @@ class TrialSlot(tune.Trainable):
                 return self._over(ray.get(task))
             except ray.exceptions.RayError as error:
                 message = words(error)
-                self._lost += is_lost(error)
-                if is_last(error, self._attempt, self._lost, placement):
+                if self._attempt > placement.max_failures or is_final(error):
                     mark = {"error": message, "attempts": self._attempt, "time": time.time()}
                     write_sealed(self._directory, FAILED, mark, ())
                     return self._over("failed", message)
@@ -149,7 +147,7 @@ class TrialSlot(tune.Trainable):
 
     def _begin(self) -> None:
         self._task: Any = None
-        self._attempt = self._lost = 0
+        self._attempt = 0
         self._seen = 0
 
     @property
@@ -207,16 +205,6 @@ class TrialSlot(tune.Trainable):
 def is_final(error: BaseException) -> bool:
     """Whether trying again cannot help: a rule was broken."""
     return isinstance(getattr(error, "cause", None), ValueError | TypeError)
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether the machine went away: spot instances do."""
-    return isinstance(error, ray.exceptions.NodeDiedError)
-
-
-def is_last(error: BaseException, attempt: int, lost: int, placement: Placement) -> bool:
-    """Whether what failed is not tried again; ``lost`` of the attempts went with their machines."""
-    return attempt - lost > placement.max_failures or lost > MOST_LOST or is_final(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

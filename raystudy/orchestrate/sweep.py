@@ -23,7 +23,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from raystudy.orchestrate.assignment import FAILED, TrialRows, Work, words
-from raystudy.orchestrate.slot import MOST_LOST, Placement, Shared, TrialSlot
+from raystudy.orchestrate.slot import Placement, Shared, TrialSlot
 from raystudy.results import write_sealed
 from raystudy.study import Study
 
@@ -205,7 +205,7 @@ class Sweep:
                 name=self.study.name,
                 storage_path=folder,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=MOST_LOST),  # slots die with their machines
+                failure_config=tune.FailureConfig(max_failures=max(1, self.placement.max_failures)),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[_Reporter(self.study, self.news)],
             ),

@@ -73,6 +73,17 @@ def test_interaction_is_taken_once_and_the_patients_part_is_never_narrowed() -> 
     assert half_width(np.zeros(3), rows) == pytest.approx(Z * np.sqrt(1 / 3))
 
 
+@pytest.mark.parametrize("level", [0.95, 0.995])
+def test_the_level_is_that_of_the_seeds_part_and_of_the_patients_part(level: float) -> None:
+    estimates, quantile = np.array([0.2, 0.5, 0.3]), 0.5 + level / 2
+    seeds_alone = Share((0, 1, 2), estimates, np.tile(estimates, (50, 1)), 10**9)  # patients enough to weigh nothing
+    found = combination_interval([seeds_alone], [1.0], level=level)
+    assert found.high - found.estimate == pytest.approx(t.ppf(quantile, 2) * np.std(estimates, ddof=1) / np.sqrt(3))
+    all_right = Share((0,), np.ones(1), np.ones((50, 1)), 100)
+    z = norm.ppf(quantile)
+    assert combination_interval([all_right], [1.0], level=level).low == pytest.approx(1 - z * z / (100 + z * z))
+
+
 def test_one_seed_is_labelled_conditional_and_several_are_not() -> None:
     weights = weights_of(50, 200)
     correct = (np.arange(50) % 3 > 0).astype(float)[:, None]

@@ -133,7 +133,15 @@ def test_hospitals_that_fare_differently_without_a_trend_are_no_reassurance(foll
     found = verdict(arm_of(follow), "x")
     assert found.follows == "uneven"
     assert found.sentence.startswith("The x classifier fares differently on the two hospitals")
-    assert "its interval, corrected for 3 mixtures, excludes 0 at 0H1-100H2, 50H1-50H2, 100H1-0H2" in found.sentence
+    said = "; corrected for 3 mixtures and their mean, source reliance excludes 0 at 0H1-100H2, 50H1-50H2, 100H1-0H2"
+    assert said in found.sentence
+
+
+@pytest.mark.parametrize(("seeds", "follow"), [(2, 0.5), (5, 0.2)])
+def test_a_difference_that_no_single_mixture_shows_is_shown_by_all_together(seeds: int, follow: float) -> None:
+    found = verdict(arm_of(dict.fromkeys(range(0, 101, 10), follow), seeds), "x")
+    assert found.follows == "uneven"
+    assert "on average over the mixtures (+0." in found.sentence
 
 
 def test_equal_hospitals_are_seldom_called_uneven_however_many_mixtures_there_are() -> None:

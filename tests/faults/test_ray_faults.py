@@ -237,8 +237,7 @@ def test_a_node_that_dies_with_three_packed_trials_costs_no_byte(
     undisturbed: Undisturbed, tmp_path: Path, tally: Tally
 ) -> None:
     root = undisturbed.place(tmp_path / "studies")
-    strict = json.dumps(["resources.cpus=0.3", "resources.max_failures=0"])  # a machine that goes away is no failure
-    command = [sys.executable, "-c", NODE, str(undisturbed.file), str(root), strict]
+    command = [sys.executable, "-c", NODE, str(undisturbed.file), str(root), json.dumps(PACKED)]
     here = Path(__file__).parents[2]
     token = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=here, env=token)

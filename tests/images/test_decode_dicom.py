@@ -115,7 +115,7 @@ def test_what_the_machine_lacks_is_no_property_of_the_film(tmp_path: Path, monke
         assert what in answer["refusal"][0]
         assert answer["refusal"][1] == str(tmp_path / "a.dcm")
         assert remedy in answer["refusal"][2]
-        assert read_catalog(storage, pixels)[0].empty
+        assert read_catalog(storage, pixels).films.empty
     (row,) = decode_batch(batch, SETTINGS, storage, pixels).to_pylist()
     assert (row["films"], row["refusal"]) == (1, None)
-    assert read_catalog(storage, pixels)[0]["reason"].isna().all()
+    assert read_catalog(storage, pixels).films["reason"].isna().all()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -117,12 +118,31 @@ def test_the_catalogue_is_what_its_blocks_say(storage: Storage) -> None:
     table, studies, pixels = write_films(storage, BLOCK_FILMS + 3), storage.child("studies"), pixels_key(SETTINGS)
     storage.write_bytes("originals/2/00002.png", b"no film")
     assert len(prepare_images(table, SETTINGS, studies).quarantine) == 1
-    catalog, loose = read_catalog(studies, pixels)
-    assert (len(catalog), loose) == (len(table), 0)
+    first = read_catalog(studies, pixels)
+    assert (len(first.films), first.loose, len(first.files)) == (len(table), 0, 1)
     studies.delete_tree(f"_images/{pixels}/catalog")
-    anew, loose = read_catalog(studies, pixels)
-    assert loose == 2
-    pd.testing.assert_frame_equal(*(t.sort_values("fingerprint", ignore_index=True) for t in (catalog, anew)))
+    anew = read_catalog(studies, pixels)
+    assert anew.loose == 2
+    pd.testing.assert_frame_equal(*(c.films.sort_values("fingerprint", ignore_index=True) for c in (first, anew)))
+
+
+def test_a_prepare_keeps_the_catalogue_that_another_wrote_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, pixels = open_storage(tmp_path), pixels_key(SETTINGS)
+    table, studies = write_films(root, 8), root.child("studies")
+    alone = prepare._decode_all
+
+    def while_another_prepares(*given: Any) -> Any:
+        monkeypatch.setattr(prepare, "_decode_all", alone)
+        assert prepare_images(table[:5], SETTINGS, studies).n_new == 5
+        return alone(*given)
+
+    monkeypatch.setattr(prepare, "_decode_all", while_another_prepares)
+    assert prepare_images(table[5:], SETTINGS, studies).n_new == 3
+    found = read_catalog(studies, pixels)
+    assert (len(found.films), found.loose, len(found.files)) == (8, 0, 2)
+    assert prepare_images(table, SETTINGS, studies).n_reused == 8
 
 
 def test_an_original_that_was_replaced_is_decoded_again(tmp_path: Path) -> None:

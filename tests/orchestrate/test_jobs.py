@@ -283,6 +283,14 @@ def test_a_package_is_small_and_all_that_a_job_needs(tmp_path: Path) -> None:
         assert said in done.stdout
 
 
+def test_options_of_a_submission_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = "python -m raystudy.cli run"
+    assert jobs._entrypoint(False, only_failed=False, take_over=False) == f"{run} experiment.yaml"
+    told = jobs._entrypoint(True, only_failed=True, take_over=True)
+    assert told == f'cd {tmp_path} && {run} "$OLDPWD/experiment.yaml" --only failed --take-over'
+
+
 def test_a_package_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "LARGEST_PACKAGE", 100_000)
     with pytest.raises(StudyError, match="more than 100,000"):

@@ -111,15 +111,6 @@ def test_memory_that_ran_out_is_waited_for_longer_each_time_and_a_broken_rule_is
     assert not slot.is_final(memory)
 
 
-def test_machines_that_go_away_are_no_failures_of_a_trial() -> None:
-    gone, crash = ray.exceptions.NodeDiedError("gone"), ray.exceptions.WorkerCrashedError()
-    strict = slot.Placement(max_failures=0)
-    assert not slot.is_last(gone, 1, 1, strict)
-    assert slot.is_last(crash, 2, 1, strict)
-    assert not slot.is_last(crash, 4, 1, slot.Placement(max_failures=3))
-    assert slot.is_last(gone, slot.MOST_LOST + 1, slot.MOST_LOST + 1, strict)
-
-
 def test_an_explanation_that_ran_out_of_memory_rests_and_the_driver_goes_on(
     ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
