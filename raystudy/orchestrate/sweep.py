@@ -81,9 +81,6 @@ class PlanSearcher(Searcher):
         with open(checkpoint_path, "wb") as file:
             pickle.dump(None, file)
 
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("Tune's state is never restored: the study directory is the truth")
-
 
 def config_of(queued: Queued) -> dict[str, Any]:
     """Return what a slot is told of a trial."""
