@@ -35,3 +35,13 @@ def place(image_store: Path, tmp_path: Path) -> Path:
     """A storage of its own that holds the decoded films; Ray is connected."""
     shutil.copytree(image_store, tmp_path / "studies" / "_images")
     return tmp_path / "studies"
+
+
+@pytest.fixture(scope="session")
+def plain(films: Path, image_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the study leaves when one trial follows the other in one process."""
+    storage = tmp_path_factory.mktemp("plain")
+    shutil.copytree(image_store, storage / "_images")
+    outcome = tiny.run(films, storage, executor="plain")
+    assert (outcome.trained, outcome.explained, outcome.exit_code) == (3, 6, 0)
+    return tiny.result_bytes(storage)

@@ -10,9 +10,16 @@ import pytest
 
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import stop_watch
+from raystudy.orchestrate.driver import run_study
+from raystudy.orchestrate.explain import Explainer, ExplainJob
+from raystudy.orchestrate.films import prepare_films
+from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.lock import LOCK, StudyLock, locked
+from raystudy.orchestrate.progress import Silent
+from raystudy.orchestrate.slot import Placement
 from raystudy.storage import Storage, open_storage
 from raystudy.study import Study
+from tests.orchestrate import tiny, works
 
 
 def dead_record(storage: Storage, **more: object) -> dict[str, object]:
@@ -169,3 +176,51 @@ def test_a_damaged_lock_names_itself(tmp_path: Path) -> None:
     storage.write_bytes(LOCK, b"{")
     with pytest.raises(StudyError, match=r"damaged lock\.json"):
         StudyLock(storage).acquire()
+
+
+def test_running_trials_end_when_another_driver_takes_the_study_over(films: Path, place: Path) -> None:
+    plan, root = tiny.planned(films, place, ["resources.max_concurrent=1"])
+    study = Study(root.child("tiny"))
+    other = {"token": "another", "owner": "process 1 on elsewhere", "host": "elsewhere", "heartbeat": 1.0}
+    lost: list[float] = []
+
+    def take_over() -> None:
+        while not any("/events" in n for n in study.storage.list("trials")):
+            time.sleep(0.05)
+        study.storage.write_json("lock.json", other)
+        lost.append(time.monotonic())
+
+    rival = threading.Thread(target=take_over)
+    rival.start()
+    with pytest.raises(StudyError, match="another driver took this study over"):
+        run_study(plan, root, work=works.until_stopped)
+    assert time.monotonic() - lost[0] < 8  # the next heartbeat is up to ten seconds away
+    rival.join()
+    assert study.storage.read_json("lock.json") == other
+    assert not study.storage.exists("stop.json")
+    events = [e["event"] for t in plan.trials for e in study.trial(t.trial_id).read_events("events")]
+    assert events.count("started") == 1
+
+
+def test_an_explanation_ends_when_another_driver_takes_the_study_over(films: Path, place: Path) -> None:
+    plan, root = tiny.planned(films, place, ["mixtures=[50]"])
+    study, trial = Study(root.child("tiny")), plan.trials[0]
+    tiny.run(films, place, ["mixtures=[50]", "explain.enabled=false"], executor="plain")
+    ledger = Ledger(study, plan)
+    ledger.open()
+    ledger.prepare_trials(plan.trials)
+    shared = prepare_films(plan.trials, plan.image_table, root, Silent())
+    images, key = shared.shared(), shared.key(trial)
+
+    def ends(owner: str) -> str:
+        explainer = Explainer(study, images, 1, Placement(), own_resource=False, owner=owner)
+        explainer.add(ExplainJob(trial.trial_id, "prototypes", trial.explain, ledger.rows[trial.trial_id], key))
+        news = explainer.poll(trials_running=False)
+        while not news:
+            time.sleep(0.05)
+            news = explainer.poll(trials_running=False)
+        return news[0].state
+
+    study.storage.write_json("lock.json", {"token": "another"})
+    assert ends("mine") == "interrupted"
+    assert ends("another") == "finished"

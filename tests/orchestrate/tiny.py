@@ -11,7 +11,10 @@ import yaml
 from PIL import Image
 
 from raystudy.config import Experiment, load_experiment
-from raystudy.storage import open_storage
+from raystudy.orchestrate.assignment import Work
+from raystudy.orchestrate.driver import Outcome, run_study
+from raystudy.orchestrate.plan import StudyPlan, plan_study
+from raystudy.storage import Storage, open_storage
 from raystudy.streams import stream
 
 PER_CELL = 40  # films of a source and class
@@ -80,6 +83,21 @@ def experiment_file(root: Path, storage: str | Path, **more: Any) -> Path:
 
 def experiment(root: Path, storage: str | Path, overrides: list[str] | None = None, **more: Any) -> Experiment:
     return load_experiment(experiment_file(root, storage, **more), overrides or [])
+
+
+def planned(
+    films: Path, storage: Path, overrides: list[str] | None = None, **more: object
+) -> tuple[StudyPlan, Storage]:
+    found = experiment(films, storage, overrides, **more)
+    root = open_storage(storage)
+    return plan_study(found, root), root
+
+
+def run(
+    films: Path, storage: Path, overrides: list[str] | None = None, work: Work | None = None, **more: object
+) -> Outcome:
+    plan, root = planned(films, storage, overrides)
+    return run_study(plan, root, work=work, **more)
 
 
 def result_bytes(storage: str | Path, name: str = "tiny") -> dict[str, bytes]:
