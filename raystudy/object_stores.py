@@ -8,6 +8,7 @@ Each backend knows a few verbs (``Backend``) over keys with forward slashes, and
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -84,11 +85,12 @@ class LocalFolder:
 
     def stamps(self, folder: str) -> dict[str, FileStamp]:
         found: dict[str, FileStamp] = {}
-        with self._refusals(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with self._refusals(folder), _not_there():
             for entry in os.scandir(self.root / folder):
-                if entry.is_file():
-                    status = entry.stat()
-                    found[entry.name] = FileStamp(status.st_size, str(status.st_mtime_ns))
+                with _not_there():
+                    if entry.is_file():
+                        status = entry.stat()
+                        found[entry.name] = FileStamp(status.st_size, str(status.st_mtime_ns))
         return found
 
     def delete(self, key: str) -> None:
@@ -156,6 +158,16 @@ class LocalFolder:
             where=str(self.root / key),
             remedy="give a folder that this user may read and write, with free space, as --storage",
         )
+
+
+@contextlib.contextmanager
+def _not_there() -> Iterator[None]:
+    """Go on where a file or folder is not there, or cannot be: a link to itself, a name that is too long."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise
 
 
 def _walk(top: str, way: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:

@@ -10,13 +10,19 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
 import obstore
 import pyarrow.fs
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    InvalidPathError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from obstore.store import S3Store
 
 from raystudy.errors import StudyError
@@ -98,7 +104,9 @@ class S3Bucket:
     def list(self, prefix: str) -> Iterator[str]:
         found = self._ask(prefix, lambda path: obstore.list(self.store, path or None).collect())
         start = len(self.prefix) + 1 if self.prefix else 0
-        return (str(entry["path"])[start:] for entry in found)
+        folders = {self._path(prefix), *_folders(entry["path"] for entry in found)}
+        # An empty object in a folder's place is the mark by which consoles make a folder.
+        return (entry["path"][start:] for entry in found if entry["size"] or entry["path"] not in folders)
 
     def stamps(self, folder: str) -> dict[str, FileStamp]:
         found = self._ask(folder, lambda path: obstore.list_with_delimiter(self.store, path or None))["objects"]
@@ -148,9 +156,8 @@ class S3Bucket:
                 raise FileNotFoundError(self._uri(key)) from None
             except BaseError as error:
                 text = str(error)
-                away = not isinstance(error, PermissionDeniedError | UnauthenticatedError) and not re.search(
-                    r"status code: (3|4(?!29|08))|\(code: |InvalidPath|Path", text
-                )
+                here = isinstance(error, PermissionDeniedError | UnauthenticatedError | InvalidPathError)
+                away = not here and not re.search(r"status code: (3|4(?!29|08))|\(code: ", text)
                 if not away or time.monotonic() + pause > deadline:
                     raise self._refusal(key, text) from error
             time.sleep(pause)
@@ -174,6 +181,9 @@ class S3Bucket:
         elif answer in {"InternalError", "SlowDown", "ServiceUnavailable"} or answer.startswith("5"):
             what = f"the object storage fails ({answer}), also after {self.retry_seconds:.0f} s"
             remedy = "look at the server (full disk, overload); nothing is lost, run the same command again"
+        elif no_path := re.search(r'invalid path: .*?Path "(.*?)"', text):
+            what = f"an object here has a name that is no path: {no_path.group(1)[:200]!r}"
+            remedy = "rename or delete this object, or give a folder without it"
         elif answer:
             what = f"the object storage refuses the request ({answer})"
             remedy = "check the bucket's name, AWS_REGION and AWS_ENDPOINT_URL"
@@ -181,3 +191,12 @@ class S3Bucket:
             what = f"no answer from {server} within {self.retry_seconds:.0f} s"
             remedy = "start the server or correct AWS_ENDPOINT_URL; nothing is lost, run the same command again"
         return StudyError(what, where=self._uri(key), remedy=remedy)
+
+
+def _folders(keys: Iterable[str]) -> set[str]:
+    """Return every folder that one of the keys lies in."""
+    found: set[str] = set()
+    for key in keys:
+        while (key := key.rpartition("/")[0]) and key not in found:
+            found.add(key)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -11,10 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import obstore
 import pyarrow as pa
 import pyarrow.fs
 import pytest
+from moto.server import ThreadedMotoServer
 
 from raystudy.errors import StudyError
 from raystudy.images.originals import locate
@@ -296,6 +299,14 @@ def test_linked_folders_are_listed_with_their_films_and_loops_end(tmp_path: Path
     assert [storage.read_bytes(path) for path in seen] == [b""] * len(seen)
 
 
+def test_what_cannot_be_a_file_is_not_there_and_hides_no_other(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    storage.write_bytes("films/film", b"x")
+    (tmp_path / "films" / "itself").symlink_to("itself")
+    assert [*storage.stamps("films")] == ["film"]
+    assert storage.stamps("a" * 300) == storage.stamps("films/itself") == {}
+
+
 def test_deleting_a_tree_leaves_what_its_links_point_to(tmp_path: Path) -> None:
     storage, elsewhere = open_storage(tmp_path / "root"), open_storage(tmp_path / "elsewhere")
     storage.write_bytes("a/1", b"")
@@ -394,9 +405,42 @@ def test_a_bucket_that_may_only_be_read_is_read_and_its_writes_are_refused(
 def test_a_server_that_is_not_there_is_named_in_time(monkeypatch: pytest.MonkeyPatch, s3_environment: S3Server) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     started = time.monotonic()
-    with pytest.raises(StudyError, match=r"no answer from http://127\.0\.0\.1:9 within 1 s"):
-        open_storage("s3://bucket", retry_seconds=1).list()
-    assert time.monotonic() - started < 10
+    for folder in ("films", "Path"):  # a word of the address is no word of the answer
+        with pytest.raises(StudyError, match=r"no answer from http://127\.0\.0\.1:9 within 1 s"):
+            open_storage(f"s3://bucket/{folder}", retry_seconds=1).list()
+    assert 1 < time.monotonic() - started < 20
+
+
+def test_marks_of_folders_are_no_files_and_a_key_that_is_no_path_is_named(
+    monkeypatch: pytest.MonkeyPatch, s3_environment: S3Server
+) -> None:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)  # it takes every key, as S3 does and SeaweedFS does not
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        for key, body in (
+            ("site/", b""),
+            ("site/a/", b""),
+            ("site/a/b/film", b"x"),
+            ("site/a/b/", b""),
+            ("site/0", b""),
+        ):
+            client.put_object(Bucket="bucket", Key=key, Body=body)
+        assert open_storage("s3://bucket").list() == ["site/0", "site/a/b/film"]
+        storage = open_storage("s3://bucket/site")
+        assert storage.list() == ["0", "a/b/film"]
+        assert storage.list("a") == ["a/b/film"]
+        for key in ("old//film", "old/./film"):
+            client.put_object(Bucket="bucket", Key=f"site/{key}", Body=b"x")
+            with pytest.raises(StudyError, match=rf"a name that is no path: 'site/{re.escape(key)}'") as refusal:
+                storage.list()
+            assert "delete this object" in refusal.value.remedy
+            client.delete_object(Bucket="bucket", Key=f"site/{key}")
+    finally:
+        server.stop()
 
 
 def check_that_nothing_is_lost(storage: Storage, go: Callable[[], None], come_back: Callable[[], None]) -> None:

@@ -23,7 +23,7 @@ LABELS = (
 )  # fmt: skip
 FINDINGS = {label: str(canonical_finding(label)) for label in LABELS}
 PATH, ORIENTATION, VIEW = "Path", "Frontal/Lateral", "AP/PA"
-_FILE = r"patient(?P<patient>[0-9]+)/study[0-9]+/view[0-9]+_(?:frontal|lateral)\.jpg"
+_FILE = r"patient(?P<patient>[0-9]+)/study[0-9]+/view[0-9]+_(?P<side>frontal|lateral)\.jpg"
 _PATH = rf"[^/\\]+/(?P<original>(?:train|valid|test)/{_FILE})"
 
 
@@ -89,6 +89,9 @@ def _table(root: Storage, path: str, split: str) -> pd.DataFrame:
     odd = ~frame[ORIENTATION].isin(["Frontal", "Lateral"])
     if odd.any():
         refuse_rows("Frontal/Lateral is neither", frame.loc[odd, ORIENTATION], where)
+    odd = frame[ORIENTATION].str.lower() != parts["side"]
+    if odd.any():  # a table whose columns were shuffled would call lateral films frontal
+        refuse_rows("Frontal/Lateral does not fit the file's name", frame.loc[odd, PATH], where)
     odd = ~frame[VIEW].isin(["AP", "PA", "LL", "RL", ""])
     if odd.any():
         refuse_rows("AP/PA is not AP, PA, LL, RL or blank", frame.loc[odd, VIEW], where)

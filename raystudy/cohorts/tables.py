@@ -95,6 +95,11 @@ def _failing_rows(rule: str, failing: pd.Series) -> str:
 
 _BAD_PATH = r"(^|/)\.\.?(/|$)|^/|^~|^[A-Za-z]:|\\|//|/$|^$|://|[\x00-\x1f\x7f]"
 _PLAIN_ASCII = r"^[ -~]*$"
+# Characters that str.isprintable() lets pass but nobody sees: Unicode's Default_Ignorable_Code_Point, Braille's blank.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+_DASHES = re.compile("[\u2010-\u2015\u2212]")
 
 
 def path_stays_below(paths: pd.Series) -> pd.Series:
@@ -105,7 +110,11 @@ def _plain(texts: pd.Series) -> pd.Series:
     """False where invisible characters or two spellings of one letter could make one id look like two."""
     ascii_only = _matches(texts, _PLAIN_ASCII)
     others = {str(t) for t in texts[~ascii_only]}
-    good = [text for text in others if text.isprintable() and unicodedata.is_normalized("NFC", text)]
+    good = [
+        text
+        for text in others
+        if text.isprintable() and unicodedata.is_normalized("NFC", text) and not _UNSEEN.search(text)
+    ]
     return ascii_only | texts.isin(good)
 
 
@@ -237,11 +246,13 @@ def _check_spellings(raw: pd.DataFrame, where: str) -> None:
         raise StudyError(
             f"{len(groups)} patients seem to be written in two ways: {shown}",
             where=where,
-            remedy="write each patient in one way: capitals, leading zeros and a final .0 do not tell patients apart",
+            remedy="write each patient in one way: capitals, kinds of dash or digit, a number's leading zeros and "
+            "final .0 do not tell patients apart",
         )
 
 
 def _folded(patient: str) -> str:
+    patient = _DASHES.sub("-", unicodedata.normalize("NFKC", patient))
     number = re.fullmatch(r"0*([0-9]+?)(\.0+)?", patient)
     return number.group(1) if number else patient.casefold()
 

@@ -82,6 +82,11 @@ def test_official_valid_films_are_test_films_only_when_asked(tmp_path: Path) -> 
         (line("C/train/patient00001/study1/view1_frontal.jpg", Edema="2.0"), "'Edema' must be 1, 0, -1 or blank"),
         (line("C/train/patient00001/study1/view1_frontal.jpg", "Oblique,AP"), "Frontal/Lateral is neither"),
         (line("C/train/patient00001/study1/view1_frontal.jpg", "Frontal,XX"), "AP/PA is not"),
+        (
+            line("C/train/patient00001/study1/view2_lateral.jpg", "Frontal,PA"),
+            "does not fit the file's name .*row 1: 'C",
+        ),
+        (line("C/train/patient00001/study1/view1_frontal.jpg", "Lateral,"), "does not fit the file's name"),
         (line("C/train/patient00001/study1/view1_frontal.jpg", No_Finding="1.0", Edema="1.0"), "beside a pathology"),
         (line("C/valid/patient64541/study1/view1_frontal.jpg", Edema="1.0"), "stands in several rows"),
     ],

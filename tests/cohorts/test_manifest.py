@@ -107,9 +107,15 @@ def test_a_patient_in_two_spellings_is_refused_with_both(tmp_path: Path) -> None
         (tmp_path / "t.csv").write_text("file,patient,findings\n" + rows)
         return read(tmp_path, "t.csv", columns={"image": "file", "patient": "patient", "findings": "findings"})
 
-    for one, other in (("12", "12.0"), ("P12", "p12"), ("0012", "12"), ("00", "0.0"), ("straße", "STRASSE")):
+    for one, other in (
+        *(("12", "12.0"), ("P12", "p12"), ("0012", "12"), ("00", "0.0"), ("straße", "STRASSE")),
+        *(("12", "１２"), ("A-12", "A‐12"), ("A-12", "A−12")),
+    ):
         with pytest.raises(StudyError, match=rf"1 patients .* '{one}' \(row 1\) and '{other}' \(row 3\)"):
             spelled(one, "7", other, one)
+    for unseen in "\ufe0f\u3164\u034f\u2800\u200b":
+        with pytest.raises(StudyError, match=r"invisible or decomposed characters \(row 2"):
+            spelled("P12", f"P1{unseen}2")
     different = ["12", "120", "12.5", "1.20", "P12", "P012", "P12.0", "10", "1"]
     assert spelled(*different).rows["patient_id"].tolist() == [f"H1:{patient}" for patient in different]
 
