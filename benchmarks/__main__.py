@@ -41,9 +41,7 @@ def main() -> None:
 
 
 def _machine() -> str:
-    cores = len(os.sched_getaffinity(0))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} cores, {platform.machine()}"
-    return f"{device}, torch {torch.__version__}"
+    return f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

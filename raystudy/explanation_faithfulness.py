@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from raystudy.evaluate.faithfulness import METHODS
 from raystudy.evaluate.masking import (
@@ -26,7 +26,7 @@ from raystudy.evaluate.masking import (
     random_ranking,
 )
 from raystudy.explanation_settings import ExplainSettings
-from raystudy.protopnet.model import log_similarity
+from raystudy.protopnet.model import ProtoPNet, log_similarity
 from raystudy.protopnet.normalise import normalise
 from raystudy.relevance import PrototypeExplainer, UniquePrototype, scale_activation, upsample_activation
 from raystudy.streams import stream
@@ -94,14 +94,14 @@ class Original:
     activation: Tensor
 
 
-def look(model: nn.Module, image: Tensor) -> Original:
+def look(model: ProtoPNet, image: Tensor) -> Original:
     """Run the un-canonised network on one (3, H, W) normalised image; equal logits predict the first class."""
     output = model(image.unsqueeze(0))
     return Original(int(output.logits[0].argmax()), output.similarities[0], log_similarity(output.distances[0]))
 
 
 def masked_scores(
-    model: nn.Module,
+    model: ProtoPNet,
     image: Tensor,
     prototypes: Sequence[int],
     maps: Mapping[str, NDArray[Any]],
@@ -142,7 +142,7 @@ def masked_scores(
 class PairMaker:
     """Everything that an image's pairs depend on beside the image."""
 
-    model: nn.Module
+    model: ProtoPNet
     explainer: PrototypeExplainer
     unique: Sequence[UniquePrototype]
     settings: ExplainSettings

@@ -1,5 +1,6 @@
 """Fixtures that several rooms share."""
 
+from tests.devices import device  # noqa: F401
 from tests.golden_vectors import golden, golden_recipe, shared_dir  # noqa: F401
 from tests.mlflow_server import mlflow_server  # noqa: F401
 from tests.ray_local import ray_local  # noqa: F401

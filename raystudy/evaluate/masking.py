@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from raystudy.protopnet.model import check_finite
+from raystudy.protopnet.model import ProtoPNet, check_finite
 from raystudy.protopnet.normalise import MEAN, STD
 from raystudy.streams import stream
 
@@ -105,7 +105,7 @@ def masked_images(image: Tensor, masks: Tensor, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def masked_similarities(
-    model: nn.Module, image: Tensor, masks: Tensor, noise: Tensor, batch_size: int = MASKED_BATCH
+    model: ProtoPNet, image: Tensor, masks: Tensor, noise: Tensor, batch_size: int = MASKED_BATCH
 ) -> Tensor:
     """Return (K, P) float32 similarity scores of all prototypes on the K masked images.
 
@@ -116,7 +116,8 @@ def masked_similarities(
 
     Raises
     ------
-    ValueError for a model in training mode or not finite, other shapes, pixels that are not finite, before any work.
+    ValueError for a model in training mode or not finite, other shapes, pixels that are not finite, before any work;
+    and for activations that overflow on a masked image.
     """
     if any(module.training for module in model.modules()):
         raise ValueError("masked images are scored in eval mode: call model.eval() first")
@@ -127,8 +128,8 @@ def masked_similarities(
         if not bool(torch.isfinite(pixels).all()):
             raise ValueError(f"the {name} must be finite: a pixel is NaN or infinite")
     check_finite(model)
-    parts = [
-        model(masked_images(image, masks[at : at + batch_size], noise)).similarities
-        for at in range(0, len(masks), batch_size)
-    ]
+    parts: list[Tensor] = []
+    for at in range(0, len(masks), batch_size):
+        masked = masked_images(image, masks[at : at + batch_size], noise)
+        parts.append(model.compare(model.features(masked, finite=True)).similarities)
     return torch.cat(parts)

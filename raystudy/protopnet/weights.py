@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from raystudy.errors import StudyError
+from raystudy.errors import DamagedFileError, StudyError
 from raystudy.protopnet.model import ProtoPNet
 from raystudy.protopnet.settings import ModelSettings
 
@@ -85,7 +85,7 @@ def _load(model: ProtoPNet, loaded: dict[str, Tensor], path: Path) -> None:
     values = {name: loaded[name] for name in wanted if name in loaded}
     odd = next((n for n, v in values.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
     if odd is not None:
-        raise StudyError(
+        raise DamagedFileError(
             f"weights must be finite: {odd} holds a NaN or an infinity", where=str(path), remedy="use another file"
         )
     model.backbone.load_state_dict({**{name: wanted[name] for name in counters}, **values})

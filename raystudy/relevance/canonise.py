@@ -14,6 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from raystudy.protopnet.model import all_finite
+
 
 @dataclass(frozen=True)
 class Conv:
@@ -138,7 +140,7 @@ def check_readable(model: nn.Module) -> None:
     if any(module.training for module in model.modules()):
         raise ValueError("relevance explains a model in eval mode: call model.eval() first")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise ValueError(f"{name} holds a NaN or an infinity: weights must be finite")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -103,10 +104,15 @@ class PrototypeExplainer:
         if not 0 < l2_eps < float("inf"):
             raise ValueError(f"l2_eps must be positive and finite, not {l2_eps}")
         self.l2_power, self.l2_eps = l2_power, l2_eps
-        forward, back, tolerance = _PRECISIONS[precision]
-        self._network = canonise(model, forward)
+        self._rule_set, self._precision = RULE_SETS[rule], precision
+        self._network = canonise(model, _PRECISIONS[precision][0])
+
+    @cached_property
+    def _rules(self) -> RuleNetwork:
+        """The weights of the rules, made when the first input was found good."""
+        _, dtype, tolerance = _PRECISIONS[self._precision]
         with _exact(self.device):
-            self._rules = RuleNetwork(self._network, RULE_SETS[rule], back, tolerance)
+            return RuleNetwork(self._network, self._rule_set, dtype, tolerance)
 
     @property
     def device(self) -> torch.device:

@@ -36,13 +36,13 @@ class ConvRule:
         """Prepare z+ (``gamma`` infinite; m = 1) or the γ rule (m = 2) in the precision of the pass back."""
         zplus = gamma == float("inf")
         weights = rules.zplus_weights(conv.weight) if zplus else rules.gamma_weights(conv.weight, gamma)
-        weights = weights.to(dtype).contiguous(memory_format=torch.channels_last)
-        weight = conv.weight.contiguous(memory_format=torch.channels_last)
-        conv = Conv(weight, conv.bias, conv.stride, conv.padding)
+        weights, weight = weights.to(dtype), conv.weight
         gradient = input_gradient(weights, conv.stride, conv.padding)
         tiled = (conv.stride, conv.padding) == (1, 1) and winograd.pays(weight) and max(weight.shape[:2]) <= WIDEST
         if tiled and zplus and dtype == weight.dtype:
             return cls(conv, winograd.output_and_positive_sum(weight, conv.bias), gradient)
+        weights, weight = (w.contiguous(memory_format=torch.channels_last) for w in (weights, weight))
+        conv = Conv(weight, conv.bias, conv.stride, conv.padding)
         plain = winograd.convolution(weight) if tiled else None
 
         def forward(a: Tensor) -> tuple[Tensor, Tensor]:

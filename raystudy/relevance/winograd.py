@@ -9,6 +9,7 @@ float32 kernel of its own for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 
 import torch
@@ -56,12 +57,15 @@ def convolution(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
     Outputs that no input other than 0 reaches are exactly 0.
     """
-    direct = weight.contiguous(memory_format=torch.channels_last)
     tiled = _tiled([weight])
+
+    @cache
+    def direct() -> Tensor:
+        return weight.contiguous(memory_format=torch.channels_last)
 
     def convolve(x: Tensor) -> Tensor:
         if not _fits(len(x), *x.shape[2:]):
-            return F.conv2d(x, direct, padding=1)
+            return F.conv2d(x, direct(), padding=1)
         return _within_reach(tiled(x)[0], x)
 
     return convolve
@@ -74,19 +78,25 @@ def output_and_positive_sum(weight: Tensor, bias: Tensor) -> Callable[[Tensor], 
     its channel's largest value, for example beside dead regions, the position is computed directly.
     """
     positive = weight.clamp(min=0)
-    both = torch.cat([weight, positive]).contiguous(memory_format=torch.channels_last)
-    rows = positive.permute(2, 3, 1, 0).reshape(-1, len(weight))  # 9 I, O
     tiled = _tiled([weight, positive])
+
+    @cache
+    def both() -> Tensor:
+        return torch.cat([weight, positive]).contiguous(memory_format=torch.channels_last)
+
+    @cache
+    def rows() -> Tensor:
+        return positive.permute(2, 3, 1, 0).reshape(-1, len(weight))  # 9 I, O
 
     def convolve(a: Tensor) -> tuple[Tensor, Tensor]:
         if not _fits(len(a), *a.shape[2:]):
-            y, z = F.conv2d(a, both, padding=1).tensor_split(2, dim=1)
+            y, z = F.conv2d(a, both(), padding=1).tensor_split(2, dim=1)
             return y + bias.view(1, -1, 1, 1), z
         y, z = tiled(a)
         largest = z.amax((2, 3), keepdim=True)
         small = torch.sub(z, largest, alpha=SMALL).amin(1) < 0  # N, h, w
         if bool(small.any()):
-            z.permute(0, 2, 3, 1)[small] = _patches(a, small) @ rows
+            z.permute(0, 2, 3, 1)[small] = _patches(a, small) @ rows()
         return y.add_(bias.view(1, -1, 1, 1)), z
 
     return convolve
@@ -94,7 +104,7 @@ def output_and_positive_sum(weight: Tensor, bias: Tensor) -> Callable[[Tensor], 
 
 def _tiled(weights: Sequence[Tensor]) -> Callable[[Tensor], list[Tensor]]:
     """Prepare ``conv2d(., w, padding=1)`` of several weights (O, I, 3, 3) for one channels-last input."""
-    weight = torch.cat(list(weights))
+    weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     input_1d, kernel_1d, output_1d = (torch.tensor(m, dtype=torch.float64) for m in (_INPUT, _KERNEL, _OUTPUT))
     transform = torch.kron(input_1d, input_1d).to(weight.dtype)  # 36, 36
     inverse = torch.kron(output_1d, output_1d).to(weight.dtype)  # 16, 36

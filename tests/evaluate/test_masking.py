@@ -20,6 +20,7 @@ from raystudy.evaluate.masking import (
     masked_similarities,
     random_ranking,
 )
+from raystudy.protopnet import ProtoPNet
 from raystudy.protopnet.normalise import normalise
 
 
@@ -110,7 +111,11 @@ def test_noise_is_uniform_in_pixel_space_and_then_normalised_as_a_film() -> None
 class Brightest(torch.nn.Module):
     """A toy scorer of two prototypes: the largest value in the left and in the right half."""
 
-    def forward(self, images: torch.Tensor):
+    def features(self, images: torch.Tensor, *, finite: bool):
+        assert finite
+        return images
+
+    def compare(self, images: torch.Tensor):
         half = images.shape[-1] // 2
         halves = [images[..., :half], images[..., half:]]
         return type("Output", (), {"similarities": torch.stack([h.amax((1, 2, 3)) for h in halves], dim=1)})()
@@ -156,3 +161,12 @@ def test_what_cannot_be_masked_or_scored_is_refused_by_rule(changed: dict[str, A
     assert masked_similarities(**fitting).shape == (2, 2)
     with pytest.raises(ValueError, match=rule):
         masked_similarities(**{**fitting, **changed})
+
+
+def test_an_overflow_that_a_relu_would_hide_is_refused() -> None:
+    model = ProtoPNet("resnet18", backbone_layers=2).eval()
+    with torch.no_grad():
+        model.add_on[0].weight[0] = -1e38
+    masks = torch.zeros(1, 32, 32, dtype=torch.bool)
+    with pytest.raises(ValueError, match="activations must be finite"):
+        masked_similarities(model, torch.ones(3, 32, 32), masks, torch.zeros(3, 32, 32))

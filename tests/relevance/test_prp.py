@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.zennit_prp import ZennitPRP
 from raystudy.protopnet import ProtoPNet
-from raystudy.relevance import RULE_SETS, PrototypeExplainer, prototype_relevance, rules
+from raystudy.relevance import RULE_SETS, PrototypeExplainer, prototype_relevance, prp, rules
 from raystudy.relevance.canonise import canonise
 from raystudy.relevance.tape import RuleNetwork
 from tests.relevance.nets import random_images, random_net
@@ -329,7 +329,10 @@ def one() -> torch.Tensor:
         (torch.zeros(1, 3, 64, 64), torch.tensor([[0.0]]), "int64"),
     ],
 )
-def test_bad_input_is_refused_with_the_rule(images: torch.Tensor, prototypes: torch.Tensor, rule: str) -> None:
+def test_bad_input_is_refused_with_the_rule_before_any_work(
+    images: torch.Tensor, prototypes: torch.Tensor, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(prp, "RuleNetwork")  # the work begins with its weights
     with pytest.raises(ValueError, match=rule):
         prototype_relevance(random_net(), images, prototypes)
 
