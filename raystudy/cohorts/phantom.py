@@ -12,8 +12,10 @@ import hashlib
 import io
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -25,6 +27,7 @@ from PIL import Image
 from raystudy.cohorts.phantom_film import Anatomy, Film, Marks, Pose, Sign, render
 from raystudy.cohorts.phantom_settings import NO_FINDING, SIGNS, PhantomSettings
 from raystudy.errors import StudyError
+from raystudy.interruption import ctrl_c_kept
 from raystudy.storage import Storage
 from raystudy.streams import stream
 
@@ -116,8 +119,9 @@ def write_films(
                 progress(done, len(todo))
         return done
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        tasks = [pool.submit(write_chunk, settings, source, storage, chunk) for chunk in chunks]
         try:
+            with _ctrl_c_for_this_process():  # workers start as tasks are submitted
+                tasks = [pool.submit(write_chunk, settings, source, storage, chunk) for chunk in chunks]
             for task in as_completed(tasks):
                 done += task.result()
                 if progress:
@@ -125,6 +129,21 @@ def write_films(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return done
+
+
+@contextmanager
+def _ctrl_c_for_this_process() -> Iterator[None]:
+    """Start processes that never see Ctrl-C: a terminal sends it to all, and only this one is to answer it.
+
+    They inherit this thread's mask.  Here another thread may still take the signal (Ray has many), and a process must
+    not be left half started, so that it is answered at the end.
+    """
+    with ctrl_c_kept(at_once=False):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def write_chunk(settings: PhantomSettings, source: str, storage: Storage, image_ids: Sequence[str]) -> int:
