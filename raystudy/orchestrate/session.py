@@ -25,6 +25,7 @@ from ray._private import services
 
 import raystudy
 from raystudy.errors import StudyError
+from raystudy.interruption import ctrl_c_kept
 from raystudy.orchestrate.access import (
     TOKEN_REMEDY,
     check_head,
@@ -90,8 +91,9 @@ def connect(
     else:
         check_address(address)
         options |= {"address": address, "runtime_env": _runtime_env()}
-    page = _init(address, options)
     try:
+        with ctrl_c_kept(at_once=True):  # Ray forks as it starts, and what a hook of a fork raises is discarded
+            page = _init(address, options)
         if not _uses_tls() and (address is not None or os.environ.get("RAY_AUTH_MODE") == "disabled"):
             refuse_open_head(ray.get_runtime_context().gcs_address)  # where it says it is
         with _sigterm_as_ctrl_c():

@@ -1,9 +1,12 @@
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -155,3 +158,23 @@ def test_a_trial_that_no_machine_here_can_hold_is_refused() -> None:
         slot.check_placement(slot.Placement(cpus=4), cpus=2, gpus=0)
     with pytest.raises(StudyError, match=r"resources\.gpus"):
         slot.check_placement(slot.Placement(gpus=0.25), cpus=2, gpus=0)
+
+
+def test_ctrl_c_that_python_discards_while_ray_starts_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    def start(**options: object) -> SimpleNamespace:
+        with contextlib.suppress(KeyboardInterrupt):  # as in a hook of a fork
+            signal.raise_signal(signal.SIGINT)
+        return SimpleNamespace(dashboard_url=None)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append("Ray"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt), connect("local"):
+            pytest.fail("the study went on")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended == ["Ray"]
