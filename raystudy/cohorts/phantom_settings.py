@@ -21,9 +21,10 @@ class PhantomSettings:
 
     ``look`` is the house style: the wording and the usual places of its text tag, its collimator and its gain curve.
     Strengths are factors of the usual strength: 0 takes the thing away.  ``sign_strength`` scales the opacity (and
-    the heart's extra width) of disease signs; ``tag_visibility`` the brightness of the burned-in text.  ``tag_share``
-    of the films carry a tag; ``tag_association`` is the share among films with ``tag_finding`` minus the share among
-    the others, so that 0 means that the tag says nothing about the disease within the hospital.
+    the heart's extra width) of disease signs; ``tag_visibility`` the brightness of the burned-in text.
+    ``tag_association`` is the share of films that carry a tag among those with ``tag_finding`` minus the share among
+    the others, so that 0 means that the tag says nothing about the disease within the hospital.  ``tag_share`` lies
+    halfway between the two; it is the share among all films where ``tag_association`` is 0.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, never changed)
