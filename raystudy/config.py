@@ -259,5 +259,7 @@ def _try_value(experiment: Experiment, source: ExperimentText, keys: list[str], 
     try:
         return experiment.with_values({keys[-1]: value})
     except ValidationError as error:
-        problem = in_plain_words(dict(error.errors(include_url=False)[0]))
-        raise StudyError(f"{'.'.join(keys)}: {problem}, got {json.dumps(value)}", where=source.place(keys)) from None
+        first = dict(error.errors(include_url=False)[0])
+        problem = in_plain_words(first).removeprefix(f"{keys[-1].rpartition('.')[2]}: ")  # the key path says it
+        shown = "" if first["type"] == "value_error" and ", got " in problem else f", got {json.dumps(value)}"
+        raise StudyError(f"{'.'.join(keys)}: {problem}{shown}", where=source.place(keys)) from None

@@ -197,9 +197,10 @@ class ExperimentText:
     def _explain_one(self, problem: dict[str, Any], root: type) -> str:
         keys = _keys_in_file(problem["loc"], self.tree)
         kind, message = problem["type"], in_plain_words(problem)
-        if not keys and kind == "value_error":  # a rule about the whole begins with the key it is about
-            about = re.match(r"[\w.]+(?=: )", message)
-            return f"{self.place(about.group().split('.') if about else [])}: {message}"
+        if kind == "value_error" and (about := re.match(r"([\w.]+): ", message)):  # a rule begins with its key
+            keys, message = [*keys, *about[1].split(".")], message[about.end() :]
+        elif kind == "value_error" and not keys:
+            return f"{self.place([])}: {message}"
         start = f"{self.place(keys)}: {'.'.join(map(str, keys)) or '(top level)'}"
         if kind in ("extra_forbidden", "unexpected_keyword_argument"):
             return f"{start}: unknown key{did_you_mean(str(keys[-1]), _known_keys(root, keys[:-1], self.tree))}"

@@ -35,5 +35,14 @@ class NewerStudyError(StudyError):
     """A study directory of a format that a newer raystudy wrote."""
 
 
+def check_setting(settings: object, key: str, ok: bool, rule: str) -> None:
+    """Refuse one setting of a settings class that breaks its rule.
+
+    The message begins with the key and ends with its value; config_text.py finds the line in the file by that key.
+    """
+    if not ok:
+        raise ValueError(f"{key}: {rule}, got {getattr(settings, key)}")
+
+
 def _rebuild(kind: type[StudyError], what: str, where: str | None, remedy: str | None) -> StudyError:
     return kind(what, where=where, remedy=remedy)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from raystudy.errors import check_setting
+
 
 @dataclass(frozen=True)
 class ExplainSettings:
@@ -31,14 +33,10 @@ class ExplainSettings:
     superposition: Literal["displayed_mean", "unit_sum", "multiplicity", "score", "maximum"] = "displayed_mean"
 
     def __post_init__(self) -> None:
-        checks = {
-            "l2_power must be 2 or 4": self.l2_power in (2, 4),
-            "l2_eps must be positive and finite": 0 < self.l2_eps < float("inf"),
-            "adai_images must be at least 1, or null for all": self.adai_images is None or self.adai_images >= 1,
-            "adai_draws must lie in 1..10000": 1 <= self.adai_draws <= 10_000,
-            "mask_share must lie in 0.01..0.99": 0.01 <= self.mask_share <= 0.99,
-            "top_k must lie in 1..1000": 1 <= self.top_k <= 1000,
-        }
-        for rule, ok in checks.items():
-            if not ok:
-                raise ValueError(rule)
+        some = self.adai_images is None or self.adai_images >= 1
+        check_setting(self, "l2_power", self.l2_power in (2, 4), "must be 2 or 4")
+        check_setting(self, "l2_eps", 0 < self.l2_eps < float("inf"), "must be positive and finite")
+        check_setting(self, "adai_images", some, "must be at least 1, or null for all")
+        check_setting(self, "adai_draws", 1 <= self.adai_draws <= 10_000, "must lie in 1..10000")
+        check_setting(self, "mask_share", 0.01 <= self.mask_share <= 0.99, "must lie in 0.01..0.99")
+        check_setting(self, "top_k", 1 <= self.top_k <= 1000, "must lie in 1..1000")

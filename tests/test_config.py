@@ -78,9 +78,9 @@ REFUSALS = {
     "a word that is no choice": (
         "model: {backbone: vgg19}\n", 7, "model.backbone", "'resnet18', 'resnet34' or 'resnet50'", 'got "vgg19"',
     ),
-    "a value out of its range": ("images: {size: 8}\n", 7, "images", "size must lie in 32..2048", ""),
+    "a value out of its range": ("images: {size: 8}\n", 7, "images.size: ", "must lie in 32..2048", "got 8"),
     "an impossible schedule": (
-        "training:\n  epochs: 4\n  warm_epochs: 9\n", 7, "training", "warm_epochs must lie in 0..epochs", "",
+        "training:\n  epochs: 4\n  warm_epochs: 9\n", 9, "training.warm_epochs: ", "must lie in 0..epochs = 4", "got 9",
     ),
     "a key twice": ("name: other\n", 7, "name", "stands twice", "mend"),
     "an axis that is no setting": ("axes: {model.backbon: [resnet18]}\n", 7, "axes", "no setting", "model.backbone"),
@@ -92,19 +92,29 @@ REFUSALS = {
     "an axis with a value twice": (
         "axes:\n  model.prototype_dim: [64, 64.0]\n", 8, "axes.model.prototype_dim", "must not repeat", "64",
     ),
-    "a rate that overflows": ("training: {lr_add_on: 1e308}\n", 7, "training", "learning rates must lie in", "1e30"),
-    "a decay that overflows": ("training: {weight_decay: 1e308}\n", 7, "training", "weight_decay must lie in", "1e30"),
-    "a coefficient that overflows": (
-        "training: {coefficient_cluster: -1e300}\n", 7, "training", "coefficients must lie in", "1e30",
+    "a rate that overflows": (
+        "training: {lr_add_on: 1e308}\n", 7, "training.lr_add_on: ", "must lie in (0, 1e30]", "got 1e+308",
     ),
-    "more threads than a machine has": ("training: {threads: 10000}\n", 7, "training", "threads must lie in", "128"),
+    "a decay that overflows": (
+        "training: {weight_decay: 1e308}\n", 7, "training.weight_decay: ", "must lie in", "1e30",
+    ),
+    "a coefficient that overflows": (
+        "training: {coefficient_cluster: -1e300}\n", 7, "training.coefficient_cluster: ",
+        "must lie in -1e30..1e30", "got -1e+300",
+    ),
+    "more threads than a machine has": (
+        "training: {threads: 10000}\n", 7, "training.threads: ", "must lie in 1..128", "got 10000",
+    ),
     "prototypes beyond any film": (
-        "model: {prototypes_per_class: 100000}\n", 7, "model", "prototypes_per_class must lie in 1..1000", "",
+        "model: {prototypes_per_class: 100000}\n", 7, "model.prototypes_per_class: ",
+        "must lie in 1..1000", "got 100000",
     ),
     "prototypes that are too long": (
-        "model: {prototype_dim: 100000}\n", 7, "model", "prototype_dim must lie in 1..4096", "",
+        "model: {prototype_dim: 100000}\n", 7, "model.prototype_dim: ", "must lie in 1..4096", "",
     ),
-    "a mask of nothing": ("explain: {mask_share: 1e-9}\n", 7, "explain", "mask_share must lie in 0.01..0.99", ""),
+    "a mask of nothing": (
+        "explain: {mask_share: 1e-9}\n", 7, "explain.mask_share: ", "must lie in 0.01..0.99", "got 1e-09",
+    ),
     "an odd study name": ("", 1, "name", "letters, digits, _ and -", 'got "../evil"'),
     "one seed without its list": ("seeds: 3\n", 7, "seeds", "got 3", "write a list: [3]"),
     "an axis that is searched too": (
@@ -139,12 +149,12 @@ REFUSALS = {
     ),
     "an interval beyond a setting's range": (
         "search: {trials: 2, space: {training.lr_backbone: {uniform: [-1, 0.2]}}}\n",
-        7, "search.space.training.lr_backbone", "learning rates must lie in", "got -1.0",
+        7, "search.space.training.lr_backbone: must lie", "in (0, 1e30]", "got -1.0",
     ),
-    "epochs without end": ("training: {epochs: 100001}\n", 7, "training", "epochs must lie in 1..100000", ""),
-    "more films than anyone looks at": ("explain: {top_k: 100000}\n", 7, "explain", "top_k must lie in 1..1000", ""),
+    "epochs without end": ("training: {epochs: 100001}\n", 7, "training.epochs: ", "must lie in 1..100000", ""),
+    "more films than anyone looks at": ("explain: {top_k: 100000}\n", 7, "explain.top_k: ", "must lie in 1..1000", ""),
     "more draws than anyone waits for": (
-        "explain: {adai_draws: 100000}\n", 7, "explain", "adai_draws must lie in 1..10000", "",
+        "explain: {adai_draws: 100000}\n", 7, "explain.adai_draws: ", "must lie in 1..10000", "",
     ),
     "an address that MLflow does not know": (
         "tracking: {uri: foo://bar}\n", 7, "tracking.uri", "must be sqlite:///FILE", "http(s):// server",
@@ -173,6 +183,44 @@ def test_a_bad_file_is_refused_with_line_key_and_remedy(name: str, tmp_path: Pat
     assert line is None or f"check.yaml:{line}:" in message
     for part in (key, what, remedy):
         assert part in message
+
+
+# a key with a line of its own: a value, and what is said of it
+OUT_OF_RANGE = {
+    "training.lr_backbone": ("-1e-3", "must lie in (0, 1e30], got -0.001"),
+    "training.lr_last_layer": ("0", "must lie in (0, 1e30], got 0.0"),
+    "training.batch_size": ("1", "must lie in 2..100000 (batch norm needs two films), got 1"),
+    "training.coefficient_l1": ("1e31", "must lie in -1e30..1e30, got 1e+31"),
+    "training.epochs": (
+        "3",
+        "at least 10, else no projection would ever happen (or set training.projection_interval to at most 3), got 3",
+    ),
+    "images.size": ("8", "must lie in 32..2048 pixels, got 8"),
+    "explain.mask_share": ("2", "must lie in 0.01..0.99, got 2.0"),
+    "sources.H2.settings.tag_visibility": ("1.5", "must lie in 0..1, got 1.5"),
+    "sources.H2.settings.healthy_share": ("-0.1", "must not be negative, got -0.1"),
+    "sources.H2.settings.tag_association": ("0.5", "with tag_share = 1.0, got 0.5"),
+}
+
+
+@pytest.mark.parametrize("key", OUT_OF_RANGE)
+def test_a_setting_out_of_its_range_is_named_with_its_own_line_and_value(key: str, tmp_path: Path) -> None:
+    value, what = OUT_OF_RANGE[key]
+    tree = yaml.safe_load(BASE)
+    tree["sources"]["H2"]["settings"] = {"look": "south"}
+    tree |= {"training": {"warm_epochs": 1}, "images": {"resize": "letterbox"}, "explain": {"top_k": 3}}
+    *section, leaf = key.split(".")
+    below = tree
+    for name in section:
+        below = below[name]
+    below[leaf] = "HERE"
+    text = yaml.safe_dump(tree, sort_keys=False).replace("HERE", value)
+    line = 1 + next(n for n, t in enumerate(text.splitlines()) if t.strip() == f"{leaf}: {value}")
+    message = refusal(tmp_path, text)
+    assert message.startswith(f"{tmp_path}/check.yaml:{line}: {key}: ")
+    assert what in message
+    del below[leaf]
+    assert refusal(tmp_path, yaml.safe_dump(tree), f"{key}={value}").startswith(f"--set {key}: {key}: ")
 
 
 SOURCES = {
@@ -237,7 +285,10 @@ OVERRIDES = {
     "axes.model.backbone=[vgg]": ("--set axes.model.backbone", "resnet50"),
     "search.trials=3": ("search.space", "required"),
     "sources.H3={kind: phantom}": ("with --set sources.H3", "must have at most 2 entries"),
-    "sources.H1.settings.patients=0": ("with --set sources.H1.settings.patients", "patients"),
+    "sources.H1.settings.patients=0": (
+        "--set sources.H1.settings.patients: sources.H1.settings.patients: must lie",
+        "got 0",
+    ),
 }
 
 

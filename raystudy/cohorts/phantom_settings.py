@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from raystudy.errors import check_setting
+
 SIGNS = ("Pneumonia", "Effusion", "Cardiomegaly", "Nodule", "Consolidation")
 NO_FINDING = "No Finding"
 LOOKS = ("north", "south")
@@ -46,24 +48,26 @@ class PhantomSettings:
     noise: float = 1.0
 
     def __post_init__(self) -> None:
-        low, high = self.tag_share - self.tag_association / 2, self.tag_share + self.tag_association / 2
-        checks = {
-            f"look must be one of {', '.join(LOOKS)}": self.look in LOOKS,
-            f"tag_finding must be one of {', '.join((*SIGNS, NO_FINDING))}": self.tag_finding in (*SIGNS, NO_FINDING),
-            "patients must lie in 1..99999": 1 <= self.patients <= 99_999,
-            "films_per_patient must lie in 1..99": 1 <= self.films_per_patient <= 99,
-            "size must lie in 64..2048 pixels": 64 <= self.size <= 2048,
-            "seed must not be negative": self.seed >= 0,
-            "pneumonia_share and healthy_share must not be negative and add up to at most 1": self.pneumonia_share >= 0
-            and self.healthy_share >= 0
-            and self.pneumonia_share + self.healthy_share <= 1,
-            "sign_strength must lie in 0..3": 0 <= self.sign_strength <= 3,
-            "tag_visibility must lie in 0..1": 0 <= self.tag_visibility <= 1,
-            "tag_share ± tag_association / 2 must lie in 0..1": min(low, high) >= 0 and max(low, high) <= 1,
-            "collimation must lie in 0..2": 0 <= self.collimation <= 2,
-            "gain must lie in 0..2": 0 <= self.gain <= 2,
-            "noise must lie in 0..5": 0 <= self.noise <= 5,
-        }
-        for rule, ok in checks.items():
-            if not ok:
-                raise ValueError(rule)
+        findings = (*SIGNS, NO_FINDING)
+        ill, well, apart = self.pneumonia_share, self.healthy_share, abs(self.tag_association) / 2
+        check_setting(self, "look", self.look in LOOKS, f"must be one of {', '.join(LOOKS)}")
+        check_setting(self, "tag_finding", self.tag_finding in findings, f"must be one of {', '.join(findings)}")
+        check_setting(self, "patients", 1 <= self.patients <= 99_999, "must lie in 1..99999")
+        check_setting(self, "films_per_patient", 1 <= self.films_per_patient <= 99, "must lie in 1..99")
+        check_setting(self, "size", 64 <= self.size <= 2048, "must lie in 64..2048 pixels")
+        check_setting(self, "seed", self.seed >= 0, "must not be negative")
+        check_setting(self, "pneumonia_share", ill >= 0, "must not be negative")
+        check_setting(self, "healthy_share", well >= 0, "must not be negative")
+        check_setting(self, "pneumonia_share", ill + well <= 1, f"must add up to at most 1 with healthy_share = {well}")
+        check_setting(self, "sign_strength", 0 <= self.sign_strength <= 3, "must lie in 0..3")
+        check_setting(self, "tag_visibility", 0 <= self.tag_visibility <= 1, "must lie in 0..1")
+        check_setting(self, "tag_share", 0 <= self.tag_share <= 1, "must lie in 0..1")
+        check_setting(
+            self,
+            "tag_association",
+            self.tag_share - apart >= 0 and self.tag_share + apart <= 1,
+            f"tag_share ± tag_association / 2 must lie in 0..1 with tag_share = {self.tag_share}",
+        )
+        check_setting(self, "collimation", 0 <= self.collimation <= 2, "must lie in 0..2")
+        check_setting(self, "gain", 0 <= self.gain <= 2, "must lie in 0..2")
+        check_setting(self, "noise", 0 <= self.noise <= 5, "must lie in 0..5")

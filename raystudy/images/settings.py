@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from raystudy.errors import check_setting
+
 
 @dataclass(frozen=True)
 class ImageSettings:
@@ -24,9 +26,6 @@ class ImageSettings:
     node_memory_share: float = 0.3  # beyond this share of a node's memory the pixels are streamed
 
     def __post_init__(self) -> None:
-        if not 32 <= self.size <= 2048:
-            raise ValueError("size must lie in 32..2048 pixels")
-        if self.pixel_cap < 1:
-            raise ValueError("pixel_cap must be at least 1")
-        if not 0 < self.node_memory_share < 1:
-            raise ValueError("node_memory_share must lie between 0 and 1")
+        check_setting(self, "size", 32 <= self.size <= 2048, "must lie in 32..2048 pixels")
+        check_setting(self, "pixel_cap", self.pixel_cap >= 1, "must be at least 1")
+        check_setting(self, "node_memory_share", 0 < self.node_memory_share < 1, "must lie between 0 and 1")

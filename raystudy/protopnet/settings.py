@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-
-def _require(ok: bool, rule: str) -> None:
-    if not ok:
-        raise ValueError(rule)
+from raystudy.errors import check_setting
 
 
 @dataclass(frozen=True)
@@ -28,9 +25,9 @@ class ModelSettings:
     backbone_layers: int = 4
 
     def __post_init__(self) -> None:
-        _require(1 <= self.prototypes_per_class <= 1000, "prototypes_per_class must lie in 1..1000")
-        _require(1 <= self.prototype_dim <= 4096, "prototype_dim must lie in 1..4096")
-        _require(1 <= self.backbone_layers <= 4, "backbone_layers must be 1, 2, 3 or 4")
+        check_setting(self, "prototypes_per_class", 1 <= self.prototypes_per_class <= 1000, "must lie in 1..1000")
+        check_setting(self, "prototype_dim", 1 <= self.prototype_dim <= 4096, "must lie in 1..4096")
+        check_setting(self, "backbone_layers", 1 <= self.backbone_layers <= 4, "must be 1, 2, 3 or 4")
 
     @property
     def stride(self) -> int:
@@ -75,22 +72,25 @@ class TrainingSettings:
     deterministic: bool = False  # GPU only: bit-exact resume at the price of speed
 
     def __post_init__(self) -> None:
-        _require(1 <= self.epochs <= 100_000, "epochs must lie in 1..100000")
-        _require(0 <= self.warm_epochs <= self.epochs, "warm_epochs must lie in 0..epochs")
-        _require(self.projection_interval >= 1, "projection_interval must be at least 1")
-        _require(
-            self.projection_offset + self.projection_interval <= self.epochs,
-            "no projection would ever happen: projection_offset + projection_interval must not exceed epochs",
-        )
-        _require(0 <= self.last_layer_epochs <= 100_000, "last_layer_epochs must lie in 0..100000")
-        _require(2 <= self.batch_size <= 100_000, "batch_size must lie in 2..100000 (batch norm needs two films)")
-        _require(1 <= self.evaluation_batch_size <= 100_000, "evaluation_batch_size must lie in 1..100000")
-        rates = (self.lr_backbone, self.lr_add_on, self.lr_prototypes, self.lr_warm_add_on, self.lr_warm_prototypes)
-        _require(all(0 < r <= 1e30 for r in (*rates, self.lr_last_layer)), "learning rates must lie in (0, 1e30]")
-        _require(0 <= self.weight_decay <= 1e30, "weight_decay must lie in 0..1e30")
-        terms = (self.coefficient_cross_entropy, self.coefficient_cluster, self.coefficient_separation)
-        _require(all(abs(c) <= 1e30 for c in (*terms, self.coefficient_l1)), "coefficients must lie in -1e30..1e30")
-        _require(1 <= self.step_epochs <= 100_000, "step_epochs must lie in 1..100000")
-        _require(0 < self.step_gamma <= 1, "step_gamma must lie in (0, 1]")
-        _require(1 <= self.threads <= 128, "threads must lie in 1..128")
-        _require(0 < self.checkpoint_share <= 1, "checkpoint_share must lie in (0, 1]")
+        check_setting(self, "epochs", 1 <= self.epochs <= 100_000, "must lie in 1..100000")
+        warm = f"must lie in 0..epochs = {self.epochs}"
+        check_setting(self, "warm_epochs", 0 <= self.warm_epochs <= self.epochs, warm)
+        check_setting(self, "projection_interval", self.projection_interval >= 1, "must be at least 1")
+        first, room = self.projection_offset + self.projection_interval, self.epochs - self.projection_offset
+        other = f"interval to at most {room}" if room >= 1 else f"offset below {self.epochs} and the interval to fit"
+        rule = f"must be at least {first}, else no projection would ever happen (or set training.projection_{other})"
+        check_setting(self, "epochs", first <= self.epochs, rule)
+        check_setting(self, "last_layer_epochs", 0 <= self.last_layer_epochs <= 100_000, "must lie in 0..100000")
+        two = "must lie in 2..100000 (batch norm needs two films)"
+        check_setting(self, "batch_size", 2 <= self.batch_size <= 100_000, two)
+        some = 1 <= self.evaluation_batch_size <= 100_000
+        check_setting(self, "evaluation_batch_size", some, "must lie in 1..100000")
+        for key in [f.name for f in fields(self) if f.name.startswith("lr_")]:
+            check_setting(self, key, 0 < getattr(self, key) <= 1e30, "must lie in (0, 1e30]")
+        check_setting(self, "weight_decay", 0 <= self.weight_decay <= 1e30, "must lie in 0..1e30")
+        for key in [f.name for f in fields(self) if f.name.startswith("coefficient_")]:
+            check_setting(self, key, abs(getattr(self, key)) <= 1e30, "must lie in -1e30..1e30")
+        check_setting(self, "step_epochs", 1 <= self.step_epochs <= 100_000, "must lie in 1..100000")
+        check_setting(self, "step_gamma", 0 < self.step_gamma <= 1, "must lie in (0, 1]")
+        check_setting(self, "threads", 1 <= self.threads <= 128, "must lie in 1..128")
+        check_setting(self, "checkpoint_share", 0 < self.checkpoint_share <= 1, "must lie in (0, 1]")

@@ -254,7 +254,7 @@ def test_hospitals_without_text_collimation_and_gain_cannot_be_told_apart():
 @pytest.mark.parametrize(
     ("setting", "value", "rule"),
     [
-        ("look", "west", "look must be one of"),
+        ("look", "west", "look: must be one of"),
         ("patients", 0, "patients"),
         ("size", 8, "size"),
         ("tag_visibility", 1.5, "tag_visibility"),
