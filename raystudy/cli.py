@@ -47,7 +47,7 @@ WIDE = 200  # columns of a table that goes into a file or a pipe
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment file, e.g. experiments/demo.yaml.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override one key of the experiment: training.epochs=3, seeds=[0,1]. Repeatable."),
+    typer.Option("--set", help="Override one key of the experiment: training.epochs=12, seeds=[0,1]. Repeatable."),
 ]
 StorageOption = Annotated[
     str | None, typer.Option("--storage", help="Where studies live: a folder or s3://bucket/path.")

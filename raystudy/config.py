@@ -203,7 +203,7 @@ def load_experiment(path: str | Path, overrides: tuple[str, ...] | list[str] = (
     Parameters
     ----------
     path : the YAML file; relative local paths in it are relative to the current folder.
-    overrides : ``key=value`` texts, values as YAML, for example ``training.epochs=3`` or ``seeds=[0,1]``.
+    overrides : ``key=value`` texts, values as YAML, for example ``training.epochs=12`` or ``seeds=[0,1]``.
 
     Raises
     ------
@@ -226,7 +226,7 @@ def load_experiment(path: str | Path, overrides: tuple[str, ...] | list[str] = (
     for override in overrides:
         key, separator, value = (part.strip() for part in override.partition("="))
         if not separator or not all(key.split(".")):
-            raise StudyError(f"--set {override!r} is not key=value", remedy="for example --set training.epochs=3")
+            raise StudyError(f"--set {override!r} is not key=value", remedy="for example --set training.epochs=12")
         where = f"--set {key}"
         try:
             set_key(tree, key, parse_yaml(value, where))

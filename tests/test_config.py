@@ -223,6 +223,11 @@ def test_a_setting_out_of_its_range_is_named_with_its_own_line_and_value(key: st
     assert refusal(tmp_path, yaml.safe_dump(tree), f"{key}={value}").startswith(f"--set {key}: {key}: ")
 
 
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda f: f.stem)
+def test_the_example_of_an_override_suits_every_experiment(file: Path) -> None:
+    assert load_experiment(file, ["training.epochs=12"]).training.epochs == 12
+
+
 SOURCES = {
     "an unknown kind": ("H2: {kind: phantm}", "sources.H2", "phantom"),
     "no kind": ("H2: {root: a}", "sources.H2", "add `kind:`, one of nih, chexpert, manifest, dicom, phantom"),
@@ -275,7 +280,7 @@ def test_overrides_replace_and_make_sections(tmp_path: Path) -> None:
 OVERRIDES = {
     "training.epochs=lots": ("--set training.epochs", "integer"),
     "training.epoch=3": ("training.epoch", "did you mean `epochs`?"),
-    "training.epochs": ("key=value", "--set training.epochs=3"),
+    "training.epochs": ("key=value", "--set training.epochs=12"),
     "=3": ("key=value", "--set"),
     "name.x=3": ("name", "section"),
     "mixtures=[0,": ("--set mixtures", "not valid YAML"),
