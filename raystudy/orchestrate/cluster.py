@@ -77,7 +77,7 @@ def _sweep(run: Run, images: dict[str, Any], placement: Placement) -> Sweep:
     if run.book is not None and (run.todo.trials or run.todo.suggestions):
         scheduler = None
         if run.book.settings.scheduler == "asha":
-            halving = Halving(run.study.storage, run.book.experiment.training.epochs)
+            halving = Halving(run.study.storage, run.book.experiment.training.epochs, run.book.trials)
             halving.open()
             scheduler = HalvingScheduler(run.book, halving)
         watched = scheduler is not None

@@ -3,7 +3,8 @@
 A suggestion is one set of values; it is tried on every task, seed and chosen mixture, and its objective is the mean
 validation accuracy of these trials.  The same values may be suggested again: they are the same trials, trained once.
 Suggestions are written before they start, observations when they are made, stops before they happen; a search that was
-interrupted reads them back and goes on as if nothing had been.
+interrupted reads them back and goes on as if nothing had been.  Where the experiment has changed, its suggestions have
+other trials: observations and rungs of earlier ones no longer count.
 
     search/suggestions/000007.json   {"number", "values"}
     search/observations/000007.json  {"number", "objective", "trials"}
@@ -16,6 +17,7 @@ import itertools
 import math
 import threading
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,10 +92,12 @@ class SearchBook:
             self._admit(Suggestion(int(kept["number"]), dict(kept["values"])))
         for path in storage.list(f"{FOLDER}/observations"):
             kept = read_sealed(storage, path) or {}
-            if int(kept["number"]) in {suggestion.number for suggestion in self.suggestions}:
-                self.observed[int(kept["number"])] = float(kept["objective"])
+            number = int(kept["number"])
+            wanted = {trial.trial_id for trial in self._trials_of(number)}
+            if wanted and set(kept["trials"]) == wanted:  # else of an earlier spec, or of other seeds
+                self.observed[number] = float(kept["objective"])
         for trial_id, numbers in self._of_trial.items():
-            if not self.observed.keys() >= set(numbers):  # it ended between its result and its observation
+            if not self.observed.keys() >= set(numbers):  # of other trials, or a run ended before it was written
                 self._observe_known(trial_id)
 
     @property
@@ -311,10 +315,15 @@ class Halving:
 
     A trial that reaches a rung goes on when it is among the best third of those that reached it before it, of the same
     task, mixture and seeds.  Rungs are at epochs / 3, epochs / 9, … completed epochs.
+
+    Parameters
+    ----------
+    trials : ids of the search's trials, growing with it; what others reached under an earlier spec does not count.
     """
 
     storage: Storage
     epochs: int
+    trials: Container[str]
     reached: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])  # rung -> trial -> value
     stopped: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -344,7 +353,7 @@ class Halving:
                 continue
             others = self.reached.setdefault(name, {})
             others[trial_id] = value
-            ranked = sorted(others.values(), reverse=True)
+            ranked = sorted((v for t, v in others.items() if t in self.trials), reverse=True)
             stays = len(ranked) < ETA or value >= ranked[max(1, len(ranked) // ETA) - 1]
             note = {"time": time.time(), "rung": name, "trial": trial_id, "value": value, "goes_on": stays}
             self.storage.append_event(f"{FOLDER}/rungs", note)

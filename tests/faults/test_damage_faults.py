@@ -198,7 +198,8 @@ def searched(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory)
         directory.delete(name)
     write_sealed(directory, STOPPED, {"epoch": 1, "value": 55.0, "by": "the search"}, ())
     study.storage.delete("search/observations/000001.json")
-    assert Halving(study.storage, epochs=3).goes_on(directory.uri.rsplit("/", 1)[-1], "cell", 1, 55.0)
+    stopped = directory.uri.rsplit("/", 1)[-1]
+    assert Halving(study.storage, 3, {stopped}).goes_on(stopped, "cell", 1, 55.0)
     assert run(place) is None
     place.files.update(place.contents())
     kinds = {kind(n) for n in place.files}

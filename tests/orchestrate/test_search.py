@@ -1,14 +1,15 @@
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from raystudy.errors import StudyError
-from raystudy.orchestrate.driver import run_study
+from raystudy.orchestrate.driver import Executor, run_study
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.progress import Silent
-from raystudy.orchestrate.search import Halving, SearchBook, search_experiment
+from raystudy.orchestrate.search import Halving, SearchBook, search_experiment, value_of
 from raystudy.orchestrate.state import Outcome
 from raystudy.results import write_sealed
 from raystudy.storage import open_storage
@@ -23,7 +24,12 @@ SPACE = {
 SEARCH = {"space": SPACE, "trials": 6, "algorithm": "random", "scheduler": "none", "mixtures": [50]}
 
 
-def search(films: Path, storage: Path, overrides: list[str] | None = None, executor: str = "plain") -> Outcome:
+def search(
+    films: Path,
+    storage: Path,
+    overrides: list[str] | None = None,
+    executor: Executor = "plain",
+) -> Outcome:
     experiment = tiny.experiment(films, storage, overrides, search=SEARCH)
     root = open_storage(storage)
     plan = plan_study(search_experiment(experiment), root)
@@ -36,6 +42,15 @@ def book(films: Path, storage: Path, overrides: list[str] | None = None) -> Sear
     found = SearchBook(Study(root.child("tiny")), experiment, plan_study(search_experiment(experiment), root))
     found.open()
     return found
+
+
+def try_out(found: SearchBook, accuracies: Iterable[float]) -> None:
+    """End the trials without a result, in the book's order, with these validation accuracies (percent)."""
+    missing = [t for t in found.trials if value_of(found.study, t) is None]
+    for trial_id, accuracy in zip(missing, accuracies, strict=True):
+        result = {"status": "finished", "tests": {}, "selected": {"val_accuracy": accuracy}}
+        found.study.trial(trial_id).write_json("result.json", result)
+        found.observe(trial_id, value_of(found.study, trial_id))
 
 
 def texts(storage: Path) -> dict[str, bytes]:
@@ -94,6 +109,33 @@ def test_the_best_suggestion_is_the_one_with_the_best_validation_accuracy(films:
     assert trial.spec.training.lr_backbone == trial.spec.axes["training.lr_backbone"]
 
 
+@pytest.mark.parametrize(
+    ("change", "observed"),
+    [
+        ("training.epochs=4", {0: 10.0, 1: 99.0}),
+        ("seeds=[0, 1]", {0: 50.0, 1: 79.5}),  # the means of 90 and 10, of 60 and 99
+    ],
+)
+def test_after_a_changed_spec_or_one_more_seed_the_trials_of_today_are_what_counts(
+    change: str, observed: dict[int, float], films: Path, tmp_path: Path
+) -> None:
+    asked = ["search.trials=2"]
+    first = book(films, tmp_path, asked)
+    while first.suggest() is not None:
+        pass
+    try_out(first, [90.0, 60.0])
+    told = texts(tmp_path)
+    changed = book(films, tmp_path, [*asked, change])
+    assert changed.observed == {}
+    try_out(changed, [10.0, 99.0])
+    assert changed.observed == observed
+    assert "99" in changed.verdict() or "79.5" in changed.verdict()
+    assert book(films, tmp_path, [*asked, change]).observed == observed  # from the files, written anew
+    assert texts(tmp_path) != told
+    assert book(films, tmp_path, asked).observed == {0: 90.0, 1: 60.0}  # back to the first spec
+    assert texts(tmp_path) == told
+
+
 def test_values_stay_in_their_ranges(films: Path, tmp_path: Path) -> None:
     found = book(films, tmp_path, ["search.trials=40"])
     while found.suggest() is not None:
@@ -141,11 +183,11 @@ def test_a_narrower_space_keeps_the_trials_and_forgets_the_values_outside_it(
     study = Study(root.child("tiny"))
     for number, (rate, prototypes) in enumerate([(0.01, 2), (0.0005, 1), (0.0002, 2), (0.05, 2)]):
         values = {"training.lr_backbone": rate, "model.prototypes_per_class": prototypes}
-        name, note = f"{number:06d}.json", {"number": number, "objective": 50.0 + number, "trials": {}}
-        write_sealed(study.storage, f"search/suggestions/{name}", {"number": number, "values": values}, ())
-        write_sealed(study.storage, f"search/observations/{name}", note, ())
+        note = {"number": number, "values": values}
+        write_sealed(study.storage, f"search/suggestions/{number:06d}.json", note, ())
     wide = SearchBook(study, tiny.experiment(films, root.uri, search={**told, "space": space}), base)
     wide.open()
+    try_out(wide, [50.0, 51.0, 52.0, 53.0])
     assert wide.left_out() is None
     narrow = {**told, "space": {**space, key: narrowed}}
     found = SearchBook(study, tiny.experiment(films, root.uri, search=narrow), base)
@@ -190,18 +232,31 @@ def test_a_run_says_in_one_line_that_its_search_space_is_narrower(films: Path, p
 
 def test_halving_lets_the_best_third_go_on_and_decides_the_same_when_it_is_read_back(tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
-    halving = Halving(storage, epochs=9)
+    trials = set("abcde")
+    halving = Halving(storage, 9, trials)
     assert halving.rungs == [1, 3]
     assert halving.goes_on("a", "cell", 1, 50.0)
     assert halving.goes_on("b", "cell", 1, 60.0)
     assert not halving.goes_on("c", "cell", 1, 55.0)  # three are there, the best one goes on
     assert halving.goes_on("d", "cell", 1, 61.0)
     assert halving.goes_on("e", "other", 1, 1.0)  # another mixture is another race
-    again = Halving(storage, epochs=9)
+    again = Halving(storage, 9, trials)
     again.open()
     assert (again.reached, again.stopped) == (halving.reached, {"c": 55.0})
     assert not again.goes_on("c", "cell", 2, 99.0)
     assert again.goes_on("a", "cell", 2, 0.0)  # asked once a rung
+
+
+def test_halving_compares_no_trial_with_those_of_an_earlier_spec(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    before = Halving(storage, 9, {"a", "b"})
+    assert before.goes_on("a", "cell", 1, 90.0)
+    assert before.goes_on("b", "cell", 1, 80.0)
+    now = Halving(storage, 9, {"c", "d", "e"})
+    now.open()
+    assert now.goes_on("c", "cell", 1, 50.0)
+    assert now.goes_on("d", "cell", 1, 40.0)
+    assert not now.goes_on("e", "cell", 1, 45.0)  # three of today are there, the best one goes on
 
 
 def test_a_search_on_ray_stops_the_hopeless_early_and_goes_on_from_its_marks(films: Path, place: Path) -> None:
