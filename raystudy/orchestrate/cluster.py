@@ -82,7 +82,14 @@ def _sweep(run: Run, images: dict[str, Any], placement: Placement) -> Sweep:
             scheduler = HalvingScheduler(run.book, halving)
         watched = scheduler is not None
         sweep.searcher = BookSearcher(
-            waiting, run.stop, run.book, run.ledger, partial(_queued, run), sweep.news, watched
+            waiting,
+            run.stop,
+            run.book,
+            run.ledger,
+            partial(_queued, run),
+            sweep.news,
+            watched,
+            more=run.todo.suggestions,
         )
         sweep.scheduler = scheduler
     return sweep

@@ -20,7 +20,7 @@ from raystudy.results import write_sealed
 
 
 class BookSearcher(PlanSearcher):
-    """Hands out what waits, then asks the book for more.
+    """Hands out what waits, then asks the book for more where it may.
 
     Parameters
     ----------
@@ -28,6 +28,7 @@ class BookSearcher(PlanSearcher):
     queued : how a planned trial is handed out.
     news : where the driver hears of trials that are new.
     watched : slots report validation accuracies while the trial runs.
+    more : whether the book is asked; not where only failed trials are tried again.
     """
 
     def __init__(
@@ -39,16 +40,18 @@ class BookSearcher(PlanSearcher):
         queued: Callable[[PlannedTrial], Queued],
         news: queue.SimpleQueue[TrialNews],
         watched: bool,
+        more: bool,
     ) -> None:
         super().__init__(waiting, stopping)
         self._book, self._ledger, self._queued, self._news, self._watched = book, ledger, queued, news, watched
+        self._more = more
         self._next: deque[Queued] = self._waiting
 
     def suggest(self, trial_id: str) -> Any:
         if self._stopping():
             return Searcher.FINISHED
         while not self._next:
-            suggestion = self._book.suggest()
+            suggestion = self._book.suggest() if self._more else None
             if suggestion is None:
                 return Searcher.FINISHED
             trials = self._book.planned(suggestion)

@@ -29,11 +29,12 @@ def search(
     storage: Path,
     overrides: list[str] | None = None,
     executor: Executor = "plain",
+    only_failed: bool = False,
 ) -> Outcome:
     experiment = tiny.experiment(films, storage, overrides, search=SEARCH)
     root = open_storage(storage)
     plan = plan_study(search_experiment(experiment), root)
-    return run_study(plan, root, executor=executor, work=works.learn)
+    return run_study(plan, root, executor=executor, only_failed=only_failed, work=works.learn)
 
 
 def book(films: Path, storage: Path, overrides: list[str] | None = None) -> SearchBook:
@@ -134,6 +135,21 @@ def test_after_a_changed_spec_or_one_more_seed_the_trials_of_today_are_what_coun
     assert texts(tmp_path) != told
     assert book(films, tmp_path, asked).observed == {0: 90.0, 1: 60.0}  # back to the first spec
     assert texts(tmp_path) == told
+
+
+@pytest.mark.parametrize("executor", ["plain", "ray"])
+def test_only_failed_trains_the_failed_trial_of_a_search_and_suggests_nothing(
+    executor: Executor, films: Path, place: Path
+) -> None:
+    search(films, place, ["search.trials=2"])
+    study = Study(open_storage(place).child("tiny"))
+    failed = study.trial(study.trial_ids()[0])
+    failed.delete("result.json")
+    failed.write_json("failed.json", {"error": "no memory", "attempts": 4})
+    study.storage.delete("search/observations/000000.json")
+    again = search(films, place, executor=executor, only_failed=True)  # of six suggestions
+    assert (again.trained, len(again.states)) == (1, 2)
+    assert len(texts(place)) == 4  # two suggestions, two observations
 
 
 def test_values_stay_in_their_ranges(films: Path, tmp_path: Path) -> None:
