@@ -120,7 +120,7 @@ class StudyMetrics:
             self._set(self._event_age, seconds, self._live[trial_id])
 
     def ended(self, trial_id: str, tests: dict[str, Any]) -> None:
-        """A trial ended; `tests` of its result.json."""
+        """A trial ended, in whatever state: its speed and silence are 0; `tests` of its result.json, if any."""
         tags = self._live.get(trial_id)
         if tags is None:
             return

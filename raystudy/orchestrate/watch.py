@@ -127,14 +127,14 @@ class Watch:
 
     def _ended(self, news: TrialNews) -> None:
         trial_id, detail = news.trial_id, ""
+        result = self._result(trial_id) if news.state == "finished" else {}
         if news.state == "failed":
             self.failures[trial_id] = news.message
             detail = f": {news.message}"
         elif news.state == "finished":
-            result = self._result(trial_id)
             detail = _verdict(result)
-            if self.metrics:
-                self.metrics.ended(trial_id, result.get("tests", {}))
+        if self.metrics:
+            self.metrics.ended(trial_id, result.get("tests", {}))
         self.shown.say(f"{news.state} {trial_id}{detail}")
 
     def _result(self, trial_id: str) -> dict[str, Any]:

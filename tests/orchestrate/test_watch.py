@@ -14,7 +14,7 @@ from raystudy.orchestrate.metrics import StudyMetrics
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.progress import Silent
 from raystudy.orchestrate.sweep import TrialNews
-from raystudy.orchestrate.watch import Watch
+from raystudy.orchestrate.watch import ENDS, Watch
 from raystudy.storage import open_storage
 from raystudy.study import Study
 from tests.orchestrate import tiny, works
@@ -64,6 +64,19 @@ def test_a_retry_counts_while_the_trial_is_tried_again_and_once_only(watch: Watc
 def test_a_trial_that_never_says_anything_is_heard_as_silent(watch: Watch) -> None:
     watch._spoke[TRIAL] -= 700
     assert look(watch)[f"raystudy_last_event_seconds{TRIAL}"] > 600
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_trial_that_ended_is_neither_running_nor_silent(end: Any, watch: Watch) -> None:
+    event = {"time": time.time(), "event": "epoch", "epoch": 1, "epochs": 9, "images_per_second": 250.0}
+    watch.study.trial(TRIAL).append_event("events", event)
+    look(watch)
+    watch._spoke[TRIAL] -= 1200
+    assert look(watch)[f"raystudy_last_event_seconds{TRIAL}"] > 900  # the alert fires
+    assert Kept.values[f"raystudy_images_per_second{TRIAL}"] == 250
+    watch.trial(TrialNews(TRIAL, end, "the worker died"))
+    assert look(watch)[f"raystudy_last_event_seconds{TRIAL}"] == 0
+    assert Kept.values[f"raystudy_images_per_second{TRIAL}"] == 0
 
 
 def test_the_accuracies_of_trials_that_were_finished_before_are_there_from_the_start(
