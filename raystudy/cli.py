@@ -170,7 +170,7 @@ def status(
 def report(
     experiment: ExperimentFile,
     as_json: AsJson = False,
-    sync: Annotated[bool, typer.Option("--sync", help="Also repair the MLflow mirror.")] = False,
+    sync: Annotated[bool, typer.Option("--sync", help="Also repair the MLflow mirror; no driver may run.")] = False,
     overrides: Overrides = None,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
@@ -181,12 +181,22 @@ def report(
 
     tree = _load(experiment, overrides, storage, tracking_uri)
     study = Study.at(tree.storage, tree.name).require()
-    written = write_report(study)
-    if sync and tree.tracking.enabled:
+    sync = sync and tree.tracking.enabled
+    if sync:
+        study.refuse_driver()  # before anything is written
+    told, refusal = "", None
+    try:
+        written = write_report(study)
+        told = json.dumps(written.as_dict(), indent=2) if as_json else written.text()
+    except StudyError as error:
+        refusal = error
+    if sync:  # also of a study that has nothing to report: its trials were interrupted, or failed
         from raystudy.tracking import sync_study
 
         sync_study(study, tree.tracking)
-    print(json.dumps(written.as_dict(), indent=2) if as_json else written.text())
+    if refusal is not None:
+        raise refusal
+    print(told)
 
 
 @app.command(epilog="Example: `raystudy explain experiments/demo.yaml pneumonia-h1_090-seed0-3fa9c1 H1/film.png`")

@@ -36,7 +36,7 @@ PLAN = "plan.json"
 IMAGES = "images.json"
 FORMAT_VERSION = 1  # of the study directory; raised when an older raystudy could no longer read it
 SECTIONS = ("study_seed", "sources", "model", "training", "explain", "notes")  # what is read from experiment.yaml
-HEARTBEAT_SECONDS = 60  # a driver that has not touched its lock for so long is taken for dead by `status`
+HEARTBEAT_SECONDS = 60  # a driver that has not touched its lock for so long is taken for dead by `status` and `report`
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,22 @@ class Study:
         except (FileNotFoundError, DamagedFileError, TypeError, ValueError, KeyError):
             return None
         return lock if silent < HEARTBEAT_SECONDS else None
+
+    def refuse_driver(self) -> None:
+        """Refuse what must not be done beside a living driver: the mirror has one writer.
+
+        Raises
+        ------
+        StudyError : a driver holds the study and has been heard of lately.
+        """
+        holder = self.driver()
+        if holder is not None:
+            raise StudyError(
+                f"a driver works on this study: {holder.get('owner', 'unknown')}",
+                where=self.storage.uri,
+                remedy="its own mirror catches up; repair when it has ended "
+                f"(a killed one is taken for dead after {HEARTBEAT_SECONDS} seconds)",
+            )
 
     def status(self) -> StudyStatus:
         """Return the state of every trial of the plan."""

@@ -86,8 +86,9 @@ def sync_study(study: Study, settings: Tracking) -> None:
 
     Raises
     ------
-    StudyError : MLflow does not answer, or is of a version that is not known.
+    StudyError : a driver is alive, whose mirror writes; MLflow does not answer, or is of a version that is not known.
     """
+    study.refuse_driver()
     check_server(settings.uri, must_answer=False)
     study.storage.delete(_cursor_path(settings))
     try:

@@ -13,12 +13,15 @@ import sqlalchemy
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from typer.testing import CliRunner, Result
 
 import raystudy.mirror
+from raystudy.cli import app
 from raystudy.config import Tracking, load_experiment
 from raystudy.errors import StudyError
 from raystudy.mirror import Mirror
 from raystudy.orchestrate.driver import run_study
+from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.search import search_experiment
 from raystudy.report.page import write_report
@@ -369,6 +372,45 @@ def test_repair_names_a_server_that_does_not_answer(tiny_study: TinyStudy, tmp_p
     assert "--sync" in str(refusal.value.remedy)
     with pytest.raises(StudyError, match="does not answer"):
         check_server(uri)
+
+
+def report_sync(tiny_study: TinyStudy, study: Study, settings: Tracking) -> Result:
+    """Run `raystudy report FILE --sync` on a copy of the study."""
+    place = ["--storage", study.storage.uri.rsplit("/", 1)[0], "--tracking-uri", settings.uri]
+    return CliRunner().invoke(app, ["report", str(tiny_study.file), "--sync", *place, "--set", "tracking.enabled=true"])
+
+
+def test_a_study_without_a_finished_trial_is_mirrored_by_repair_though_it_has_no_report(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study = tiny_study.copy(tmp_path)
+    for trial_id in study.trial_ids():
+        study.trial(trial_id).delete("result.json")  # its events stay: interrupted
+    failed, *_ = study.trial_ids()
+    write_sealed(study.trial(failed), "failed.json", {"error": "no memory", "attempts": 4, "time": time.time()}, ())
+    done = report_sync(tiny_study, study, sqlite)
+    assert (done.exit_code, "nothing to report" in done.output) == (2, True), done.output
+    states = {run.data.tags["raystudy.trial_id"]: run.info.status for run in runs(sqlite.uri, "tiny")}
+    assert states.keys() >= set(study.trial_ids())
+    assert states[failed] == "FAILED"
+    (told,) = {run.data.tags["raystudy.error"] for run in runs(sqlite.uri, "tiny") if "raystudy.error" in run.data.tags}
+    assert told == "no memory"
+
+
+def test_repair_beside_a_living_driver_is_refused(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
+    study = tiny_study.copy(tmp_path)
+    study.storage.delete_tree("report")
+    with locked(study.storage):
+        done = report_sync(tiny_study, study, sqlite)
+        assert done.exit_code == 2
+        assert "a driver works on this study" in done.output
+        assert "remedy: " in done.output
+        with pytest.raises(StudyError, match="a driver works on this study"):
+            sync_study(study, sqlite)
+    assert not runs(sqlite.uri, "tiny")
+    assert not study.storage.list("report")
+    assert report_sync(tiny_study, study, sqlite).exit_code == 0
+    assert_mirrored_once(study, sqlite.uri)
 
 
 def test_the_check_accepts_this_server_and_sqlite(mlflow_server: MLflowServer) -> None:
