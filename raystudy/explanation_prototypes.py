@@ -23,7 +23,7 @@ from raystudy.explanation_chunks import Pieces
 from raystudy.explanation_faithfulness import Masks, look, positive_share
 from raystudy.explanation_settings import ExplainSettings
 from raystudy.images.array import ImageArray
-from raystudy.protopnet.model import log_similarity
+from raystudy.protopnet.model import ProtoPNet, log_similarity
 from raystudy.protopnet.normalise import normalise
 from raystudy.relevance import (
     RULE_SETS,
@@ -88,7 +88,7 @@ class PrototypeJob:
     train_ids : the training films by id.  frozen : whether batch norm was frozen after the projection.
     """
 
-    model: nn.Module
+    model: ProtoPNet
     explainer: PrototypeExplainer
     unique: Sequence[UniquePrototype]
     sources: Sources

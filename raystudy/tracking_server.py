@@ -5,7 +5,6 @@ In flow ``tracking.uri``; out flow nothing, or a refusal with its remedy.  Nothi
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,7 +89,9 @@ def _check_database(uri: str, must_answer: bool) -> None:
             where="tracking.uri",
             remedy="install the newer MLflow that wrote it, or name another database with --tracking-uri",
         )
-    if revision != newest and tables >= _wanted_tables():
+    from raystudy.tracking import known_tables  # it alone imports mlflow, which takes seconds
+
+    if revision != newest and tables >= known_tables():
         raise StudyError(
             f"MLflow's database was written by an older MLflow (revision {revision}, this one writes {newest})",
             where="tracking.uri",
@@ -117,11 +118,6 @@ def _tables(uri: str) -> tuple[str | None, set[str]]:
             return next(iter(heads), None), set(sqlalchemy.inspect(connection).get_table_names())
     finally:
         engine.dispose()
-
-
-def _wanted_tables() -> set[str]:
-    importlib.import_module("mlflow.store.db.utils")  # knows every table
-    return set(importlib.import_module("mlflow.store.db.base_sql_model").Base.metadata.tables)
 
 
 def _known_revisions() -> tuple[str | None, set[str]]:

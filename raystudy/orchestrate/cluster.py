@@ -135,6 +135,7 @@ def placement_of(resources: Resources, session: Session) -> Placement:
         limit,
         resources.max_failures,
         pending=2 if session.local else PENDING_ON_A_CLUSTER,
+        gpus_beside=resources.explain_gpus,
     )
 
 

@@ -49,6 +49,7 @@ class Placement:
     Parameters
     ----------
     cpus, gpus, gpu_memory_gb, max_concurrent, max_failures : as the experiment's resources.
+    gpus_beside : a trial's only: the share of a GPU that an explanation needs beside the trials on it.
     pause, oom_pause : seconds before what failed is tried again; the second when memory ran out, doubled each time.
     pending : slots that are asked for ahead of time; an autoscaler sees them.
     """
@@ -61,6 +62,20 @@ class Placement:
     pause: float = 1.0
     oom_pause: float = 10.0
     pending: int = 2
+    gpus_beside: float = 0
+
+    @property
+    def gpu_request(self) -> float:
+        """What Ray is asked for, of a GPU.
+
+        Where the trials of a GPU would fill it, and explanations so wait for the last one, it is a little less: as many
+        trials as before and an explanation.  Where a trial more would fit then, it stays ``gpus``.
+        """
+        on_one = int(1 / self.gpus + 1e-9) if self.gpus else 0
+        if not on_one or on_one * self.gpus + self.gpus_beside <= 1:
+            return self.gpus
+        less = math.floor((1 - self.gpus_beside) / on_one * 1e4) / 1e4  # Ray counts in ten thousandths
+        return less if (on_one + 1) * less > 1 else self.gpus
 
 
 @dataclass(frozen=True)
@@ -194,7 +209,7 @@ class TrialSlot(tune.Trainable):
         task = trial_task.options(
             name=trial_id if attempt == 1 else f"{trial_id} (attempt {attempt})",
             num_cpus=placement.cpus,
-            num_gpus=placement.gpus,
+            num_gpus=placement.gpu_request,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),
         )
         watched = bool(self.config.get("watched"))

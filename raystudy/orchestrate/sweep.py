@@ -179,7 +179,7 @@ class Sweep:
         for name in ("ray.tune", "ray.train", "ray.air"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         shared = Shared(self.study, self.images, self.placement, self.work, self.owner)
-        bundle = {"CPU": float(self.placement.cpus), "GPU": float(self.placement.gpus)}
+        bundle = {"CPU": float(self.placement.cpus), "GPU": float(self.placement.gpu_request)}
         bundles = [{}, {name: share for name, share in bundle.items() if share}]
         slot = tune.with_resources(
             tune.with_parameters(TrialSlot, shared=shared), tune.PlacementGroupFactory(bundles, strategy="PACK")
