@@ -370,9 +370,16 @@ def test_explaining_leaves_threads_and_global_generators_alone(trial, tmp_path) 
 class KeepsTheCorner(torch.nn.Module):
     """A toy scorer of one prototype that looks at nothing but the brightest quarter of the picture."""
 
-    def forward(self, images: torch.Tensor):
+    def features(self, images: torch.Tensor, *, finite: bool):
+        assert finite
+        return images
+
+    def compare(self, images: torch.Tensor):
         score = images[:, :, :8, :8].mean((1, 2, 3)).unsqueeze(1) + 3
         return type("Output", (), {"similarities": score})()
+
+    def forward(self, images: torch.Tensor):
+        return self.compare(images)
 
 
 def test_a_map_that_keeps_all_that_counts_has_no_drop() -> None:
