@@ -28,7 +28,7 @@ class StudyError(Exception):
 
 
 class DamagedFileError(StudyError, ValueError):
-    """A file whose bytes are not those that were written: torn, or with a flipped bit."""
+    """A file whose bytes are not those that were written, torn or with a flipped bit, or are no numbers."""
 
 
 class NewerStudyError(StudyError):
