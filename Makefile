@@ -28,7 +28,7 @@ check: $(VENV)/test-installed
 
 test: $(VENV)/test-installed check
 	tests/install_system_packages.sh
-	$(QUIET_SERVICES) OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not cluster and not faults"
+	$(QUIET_SERVICES) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "not cluster and not faults"
 
 bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks

@@ -13,7 +13,7 @@ from raystudy.config import Experiment, load_experiment
 from tests.orchestrate import tiny
 from tests.tiny_study import TinyStudy
 
-COUNTS = pytest.StashKey[list[str]]()
+COUNT = "count"  # among what a test's report carries, also from a process beside
 
 Tally = Callable[[str], None]
 
@@ -52,12 +52,12 @@ def undisturbed(tiny_study: TinyStudy) -> Undisturbed:
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Tally:
     """Says what a test did; all of it is printed at the end."""
-    counts = request.config.stash.setdefault(COUNTS, [])
-    return lambda line: counts.append(f"{request.node.name}: {line}")
+    return lambda line: request.node.user_properties.append((COUNT, f"{request.node.name}: {line}"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    counts = terminalreporter.config.stash.get(COUNTS, [])
+    reports = [r for state in ("passed", "failed") for r in terminalreporter.getreports(state) if r.when == "call"]
+    counts = [line for report in reports for name, line in report.user_properties if name == COUNT]
     if counts:
         terminalreporter.section("faults and what came of them")
     for line in counts:

@@ -1,9 +1,9 @@
-"""Commands against real Ray heads, one with a token, then one without: run inside namespaces of their own.
+"""Commands against a real Ray head, with a token or without: run inside namespaces of their own, which end it.
 
-    unshare --net --pid --fork --mount-proc python -m tests.orchestrate.guarded_cluster FOLDER < commands.json
+    unshare --net --pid --fork --mount-proc python -m tests.orchestrate.guarded_cluster ADDRESS FOLDER < commands.json
 
-The heads have addresses that are no loopback and that nobody outside the namespace reaches.  Reads {address: commands},
-prints the answers as a list of lists, as JSON.
+The head has an address that is no loopback and that nobody outside the namespace reaches.  Reads a list of commands,
+prints the list of answers, as JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.orchestrate.verbs import Answer, Command, run
+from tests.orchestrate.verbs import Command, run
 
 GUARDED, OPEN = "10.77.1.1", "10.77.1.2"
 TOKEN = "0123456789abcdef" * 4
@@ -23,16 +23,12 @@ HEADS = {GUARDED: {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, OPEN: {"R
 RAY = str(Path(sys.executable).parent / "ray")
 
 
-def main(folder: Path) -> None:
+def main(address: str, folder: Path) -> None:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     assert not subprocess.run(["ip", "route"], check=True, capture_output=True).stdout, "there are routes"
     os.environ |= {"RAY_TMPDIR": str(folder), "HOME": str(folder)}
-    answers: list[list[Answer]] = []
-    for address, commands in json.load(sys.stdin).items():
-        start_head(address, HEADS[address])
-        answers.append(run([Command(**c) for c in commands]))
-        subprocess.run([RAY, "stop", "--force"], check=True, capture_output=True)  # sees this namespace alone
-    print(json.dumps([[asdict(answer) for answer in some] for some in answers]))
+    start_head(address, HEADS[address])
+    print(json.dumps([asdict(answer) for answer in run([Command(**c) for c in json.load(sys.stdin)])]))
 
 
 def start_head(address: str, environment: dict[str, str]) -> None:
@@ -45,4 +41,4 @@ def start_head(address: str, environment: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -48,28 +48,30 @@ def namespace_is_allowed() -> bool:
 
 
 @pytest.mark.skipif(not namespace_is_allowed(), reason="needs a network namespace of its own (root, unshare, ip)")
-def test_tokens_of_real_clusters_are_checked_before_anything_is_sent_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", [GUARDED, OPEN])
+def test_tokens_of_real_clusters_are_checked_before_anything_is_sent_there(address: str, tmp_path: Path) -> None:
     file = tiny.experiment_file(tmp_path, tmp_path / "studies")
-    right = {("right token", verb): on_cluster(file, verb, GUARDED, {"RAY_AUTH_TOKEN": TOKEN}) for verb in DOCTORS}
-    pairs = [(name, verb) for name in CLUSTERS for verb in ("run by its head", "doctor", "submit")]
+    here = [name for name, (_, where, _) in CLUSTERS.items() if where == address]
+    pairs = [(name, verb) for name in here for verb in ("run by its head", "doctor", "submit")]
     ways = ("doctor by its head", "run by auto", "doctor by loopback", "doctor by RAY_ADDRESS")
-    pairs += [(name, verb) for name in FOUND for verb in ways]
-    commands = {(name, verb): on_cluster(file, verb, CLUSTERS[name][1], CLUSTERS[name][0]) for name, verb in pairs}
+    pairs += [(name, verb) for name in here if name in FOUND for verb in ways]
+    commands = {(name, verb): on_cluster(file, verb, address, CLUSTERS[name][0]) for name, verb in pairs}
     for verb in ("doctor", "submit"):  # the dashboard is asked with the token all the same
-        del commands["authentication off here", verb]
-    guarded = {pair: c for pair, c in commands.items() if CLUSTERS[pair[0]][1] == GUARDED} | right
-    unguarded = {pair: c for pair, c in commands.items() if pair not in guarded}
+        commands.pop(("authentication off here", verb), None)
+    if address == GUARDED:
+        token = {"RAY_AUTH_TOKEN": TOKEN}
+        commands |= {("right token", verb): on_cluster(file, verb, address, token) for verb in DOCTORS}
     folder = Path(tempfile.mkdtemp(prefix="raystudy-"))  # Ray's socket names must be short
-    typed = {GUARDED: [asdict(c) for c in guarded.values()], OPEN: [asdict(c) for c in unguarded.values()]}
     quiet = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
-        [*NAMESPACE, sys.executable, "-m", "tests.orchestrate.guarded_cluster", str(folder)],
-        cwd=ROOT, input=json.dumps(typed), capture_output=True, text=True, check=False, timeout=240, env=quiet,
+        [*NAMESPACE, sys.executable, "-m", "tests.orchestrate.guarded_cluster", address, str(folder)],
+        cwd=ROOT, input=json.dumps([asdict(c) for c in commands.values()]), capture_output=True, text=True, check=False,
+        timeout=240, env=quiet,
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = [Answer(**answer) for answers in json.loads(done.stdout) for answer in answers]
-    for (name, verb), answer in zip([*guarded, *unguarded], said, strict=True):
+    said = [Answer(**answer) for answer in json.loads(done.stdout)]
+    for (name, verb), answer in zip(commands, said, strict=True):
         if name == "right token":
             assert answer.code == 0, answer
             assert "token accepted" in answer.said
