@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,24 +177,24 @@ def report(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make figures, tables and the HTML page from the study directory alone."""
+    from raystudy.orchestrate.lock import REPAIR, locked
     from raystudy.report.page import write_report
     from raystudy.study import Study
 
     tree = _load(experiment, overrides, storage, tracking_uri)
     study = Study.at(tree.storage, tree.name).require()
     sync = sync and tree.tracking.enabled
-    if sync:
-        study.refuse_driver()  # before anything is written
     told, refusal = "", None
-    try:
-        written = write_report(study)
-        told = json.dumps(written.as_dict(), indent=2) if as_json else written.text()
-    except StudyError as error:
-        refusal = error
-    if sync:  # also of a study that has nothing to report: its trials were interrupted, or failed
-        from raystudy.tracking import sync_study
+    with locked(study.storage, take_over=True, work=REPAIR) if sync else nullcontext():
+        try:
+            written = write_report(study)
+            told = json.dumps(written.as_dict(), indent=2) if as_json else written.text()
+        except StudyError as error:
+            refusal = error
+        if sync:  # also of a study that has nothing to report: its trials were interrupted, or failed
+            from raystudy.tracking import sync_study
 
-        sync_study(study, tree.tracking)
+            sync_study(study, tree.tracking)
     if refusal is not None:
         raise refusal
     print(told)

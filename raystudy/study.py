@@ -234,23 +234,7 @@ class Study:
             silent = abs(time.time() - float(lock["heartbeat"]))  # a clock may have been set back
         except (FileNotFoundError, DamagedFileError, TypeError, ValueError, KeyError):
             return None
-        return lock if silent < HEARTBEAT_SECONDS else None
-
-    def refuse_driver(self) -> None:
-        """Refuse what must not be done beside a living driver: the mirror has one writer.
-
-        Raises
-        ------
-        StudyError : a driver holds the study and has been heard of lately.
-        """
-        holder = self.driver()
-        if holder is not None:
-            raise StudyError(
-                f"a driver works on this study: {holder.get('owner', 'unknown')}",
-                where=self.storage.uri,
-                remedy="its own mirror catches up; repair when it has ended "
-                f"(a killed one is taken for dead after {HEARTBEAT_SECONDS} seconds)",
-            )
+        return lock if silent < HEARTBEAT_SECONDS and lock.get("work", "driver") == "driver" else None
 
     def status(self) -> StudyStatus:
         """Return the state of every trial of the plan."""

@@ -92,11 +92,12 @@ UNAVAILABLE = _failures()
 def sync_study(study: Study, settings: Tracking) -> None:
     """Repair the mirror of a study: forget the cursor and send everything again; what is there stays as it is.
 
+    The mirror has one writer: hold the study's lock.
+
     Raises
     ------
-    StudyError : a driver is alive, whose mirror writes; MLflow does not answer, or is of a version that is not known.
+    StudyError : MLflow does not answer, or is of a version that is not known.
     """
-    study.refuse_driver()
     check_server(settings.uri, must_answer=False)
     study.storage.delete(_cursor_path(settings))
     try:

@@ -20,15 +20,16 @@ from raystudy.cli import app
 from raystudy.config import Tracking, load_experiment
 from raystudy.errors import StudyError
 from raystudy.mirror import Mirror
+from raystudy.orchestrate import jobs
 from raystudy.orchestrate.driver import run_study
-from raystudy.orchestrate.lock import locked
+from raystudy.orchestrate.lock import LOCK, locked
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.search import search_experiment
 from raystudy.report.page import write_report
 from raystudy.results import write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
-from raystudy.tracking import sync_study
+from raystudy.tracking import Store, sync_study
 from raystudy.tracking_server import check_server
 from raystudy.tracking_values import event_numbers
 from tests.canary import files_with
@@ -408,14 +409,38 @@ def test_repair_beside_a_living_driver_is_refused(tiny_study: TinyStudy, tmp_pat
     with locked(study.storage):
         done = report_sync(tiny_study, study, sqlite)
         assert done.exit_code == 2
-        assert "a driver works on this study" in done.output
+        assert "another driver works on this study" in done.output
         assert "remedy: " in done.output
-        with pytest.raises(StudyError, match="a driver works on this study"):
-            sync_study(study, sqlite)
     assert not runs(sqlite.uri, "tiny")
     assert not study.storage.list("report")
     assert report_sync(tiny_study, study, sqlite).exit_code == 0
     assert_mirrored_once(study, sqlite.uri)
+
+
+def test_a_repair_keeps_drivers_away_and_is_none(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, said = tiny_study.copy(tmp_path), list[str]()
+    experiment = load_experiment(tiny_study.file, [f"storage={tmp_path}"])
+
+    def meanwhile(store: Store, final: bool) -> None:
+        with (
+            pytest.raises(StudyError, match="mirror of this study is being repaired") as refusal,
+            locked(study.storage),
+        ):
+            pass
+        assert "stop" not in str(refusal.value)
+        assert study.status().driver is None
+        with pytest.raises(StudyError, match="nobody runs this study") as refusal:
+            jobs.stop(experiment)
+        said.append(str(refusal.value))
+
+    monkeypatch.setattr(Store, "sync", meanwhile)
+    files = {*study.storage.list()}
+    assert report_sync(tiny_study, study, sqlite).exit_code == 0
+    assert said
+    assert LOCK not in study.storage.list()
+    assert {name for name in study.storage.list() if not name.startswith(("report/", "tracking/"))} <= files
 
 
 def test_the_check_accepts_this_server_and_sqlite(mlflow_server: MLflowServer) -> None:

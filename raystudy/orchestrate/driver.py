@@ -220,7 +220,7 @@ def _overview(plan: StudyPlan, study: Study, todo: Todo) -> str:
     if todo.suggestions:
         return f"{study.name}: searching; {n} trials suggested so far, {done} done ({study.storage.uri})"
     if not todo:
-        return f"{study.name}: all {n} trials are done ({study.storage.uri})"
+        return f"{study.name}: {'the trial is' if n == 1 else f'all {n} trials are'} done ({study.storage.uri})"
     explanations = f", {len(todo.explanations)} explanations of finished trials" if todo.explanations else ""
     return f"{study.name}: {len(todo.trials)} of {n} trials to run, {done} done{explanations} ({study.storage.uri})"
 

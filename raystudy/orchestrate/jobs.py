@@ -26,7 +26,7 @@ from raystudy.orchestrate.access import check_ray_version, installed_ray
 from raystudy.orchestrate.assignment import write_stop
 from raystudy.orchestrate.dashboard import check_dashboard
 from raystudy.orchestrate.local_paths import refuse_local_paths
-from raystudy.orchestrate.lock import gone_from_here, lock_holder
+from raystudy.orchestrate.lock import REPAIR, gone_from_here, lock_holder
 from raystudy.orchestrate.session import NO_SECRETS
 from raystudy.study import Study
 
@@ -129,7 +129,8 @@ def stop(experiment: Experiment) -> None:
     """Ask a running study to stop; say so when nobody runs it."""
     study = Study.at(experiment.storage, experiment.name).require()
     holder = lock_holder(study.storage)
-    if holder is None or gone_from_here(holder):  # of an owner elsewhere no clock of this machine can tell
+    # Of an owner elsewhere no clock of this machine can tell.
+    if holder is None or holder.get("work") == REPAIR or gone_from_here(holder):
         raise StudyError("nobody runs this study", where=study.storage.uri, remedy="nothing to stop")
     write_stop(study, by=f"{os.environ.get('USER', 'user')}@{os.uname().nodename}")
     if study.driver() is None:

@@ -1,4 +1,4 @@
-"""One driver per study: ``lock.json`` names its owner and carries a heartbeat.
+"""One driver per study, or one repair of its mirror: ``lock.json`` names its owner and carries a heartbeat.
 
 A lock whose owner died on this host is taken over (known by pid and start time); one from elsewhere only when the user
 says ``--take-over`` and its heartbeat stands still.  Heartbeats are compared for change, never with this host's clock.
@@ -22,6 +22,8 @@ from raystudy.errors import StudyError
 from raystudy.storage import Storage
 
 LOCK = "lock.json"
+DRIVER, REPAIR = "driver", "repair"  # what a study is held for
+HELD = {DRIVER: "another driver works on this study", REPAIR: "the MLflow mirror of this study is being repaired"}
 BEAT_SECONDS = 10.0
 
 
@@ -33,13 +35,16 @@ class StudyLock:
     storage : the study directory.
     take_over : the user says that a driver elsewhere is dead.
     beat_seconds : pause between two heartbeats.
+    work : what it is held for, `DRIVER` or `REPAIR`.
     """
 
-    def __init__(self, storage: Storage, *, take_over: bool = False, beat_seconds: float = BEAT_SECONDS) -> None:
+    def __init__(
+        self, storage: Storage, *, take_over: bool = False, beat_seconds: float = BEAT_SECONDS, work: str = DRIVER
+    ) -> None:
         self._storage = storage
         self._take_over = take_over
         self._beat_seconds = beat_seconds
-        self._record = _identity()
+        self._record = {**_identity(), "work": work}
         self._ended = threading.Event()
         self._lost = threading.Event()
         self._thread: threading.Thread | None = None
@@ -119,10 +124,11 @@ class StudyLock:
         return now is None or now.get("heartbeat") == holder.get("heartbeat")
 
     def _refuse(self, holder: dict[str, Any], more: str = "") -> None:
+        work = holder.get("work", DRIVER)
         raise StudyError(
-            f"another driver works on this study: {holder.get('owner', 'unknown')}",
+            f"{HELD.get(work, HELD[DRIVER])}: {holder.get('owner', 'unknown')}",
             where=self._storage.uri,
-            remedy=f"wait for it, or end it with `raystudy stop EXPERIMENT`{more}",
+            remedy=f"wait for it{', or end it with `raystudy stop EXPERIMENT`' if work == DRIVER else ''}{more}",
         )
 
     def _owned(self) -> bool:
@@ -159,9 +165,11 @@ def held_by_another(storage: Storage, token: str) -> bool:
 
 
 @contextlib.contextmanager
-def locked(storage: Storage, *, take_over: bool = False, beat_seconds: float = BEAT_SECONDS) -> Iterator[StudyLock]:
+def locked(
+    storage: Storage, *, take_over: bool = False, beat_seconds: float = BEAT_SECONDS, work: str = DRIVER
+) -> Iterator[StudyLock]:
     """Hold the study's lock for the length of a block."""
-    lock = StudyLock(storage, take_over=take_over, beat_seconds=beat_seconds)
+    lock = StudyLock(storage, take_over=take_over, beat_seconds=beat_seconds, work=work)
     lock.acquire()
     try:
         yield lock
