@@ -121,7 +121,7 @@ def test_missing_and_unreadable_films_are_refused_by_name(tmp_path: Path) -> Non
     assert not list((tmp_path / "studies").glob("**/result.json"))
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_130_and_checkpoints_for_the_same_command(tmp_path: Path) -> None:
     file = tiny.experiment_file(tmp_path, tmp_path / "studies", mixtures=[50], explain={"enabled": False})
     more = ("--set", "training.epochs=400", "--set", "training.projection_interval=400")
     process = subprocess.Popen(
@@ -133,12 +133,13 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output = process.communicate(timeout=90)[0]
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert "same command" in output
     assert not list(tmp_path.glob("**/result.json"))
+    assert not list(tmp_path.glob("**/lock.json"))
     (trial,) = tmp_path.glob("studies/tiny/trials/*")
     assert list((trial / "checkpoint").iterdir())
     assert '"interrupted"' in (trial / "events").read_text()
