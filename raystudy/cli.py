@@ -172,20 +172,24 @@ def report(
     experiment: ExperimentFile,
     as_json: AsJson = False,
     sync: Annotated[bool, typer.Option("--sync", help="Also repair the MLflow mirror; no driver may run.")] = False,
+    take_over: TakeOver = False,
     overrides: Overrides = None,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make figures, tables and the HTML page from the study directory alone."""
-    from raystudy.orchestrate.lock import REPAIR, locked
+    from raystudy.lock import REPAIR, locked
     from raystudy.report.page import write_report
     from raystudy.study import Study
 
     tree = _load(experiment, overrides, storage, tracking_uri)
     study = Study.at(tree.storage, tree.name).require()
-    sync = sync and tree.tracking.enabled
+    if sync and not tree.tracking.enabled:
+        raise StudyError(
+            "there is no mirror to repair: tracking.enabled is false", remedy="--set tracking.enabled=true"
+        )
     told, refusal = "", None
-    with locked(study.storage, take_over=True, work=REPAIR) if sync else nullcontext():
+    with locked(study.storage, take_over=take_over, work=REPAIR) if sync else nullcontext() as lock:
         try:
             written = write_report(study)
             told = json.dumps(written.as_dict(), indent=2) if as_json else written.text()
@@ -194,7 +198,7 @@ def report(
         if sync:  # also of a study that has nothing to report: its trials were interrupted, or failed
             from raystudy.tracking import sync_study
 
-            sync_study(study, tree.tracking)
+            sync_study(study, tree.tracking, lock.lost_event if lock else None)
     if refusal is not None:
         raise refusal
     print(told)

@@ -26,6 +26,7 @@ import yaml
 from raystudy.errors import DamagedFileError, NewerStudyError, StudyError
 from raystudy.images.array import ImageArray
 from raystudy.images.store import FOLDER, load_pixels, size_of
+from raystudy.lock import DRIVER, gone_from_here
 from raystudy.results import open_sealed, read_result, read_sealed, write_sealed
 from raystudy.storage import Storage, open_storage
 
@@ -108,9 +109,11 @@ class Study:
         try:
             self._plan(self._quick)
         except FileNotFoundError:
-            raise StudyError(
-                "there is no study here", where=self.storage.uri, remedy="start it with `raystudy run EXPERIMENT`"
-            ) from None
+            if (driver := self.driver()) is not None:
+                what, remedy = f"{driver['owner']} looks which films can be read, and then plans", "look again later"
+            else:
+                what, remedy = "there is no study here", "start it with `raystudy run EXPERIMENT`"
+            raise StudyError(what, where=self.storage.uri, remedy=remedy) from None
         return self
 
     def refuse_newer(self) -> None:
@@ -234,7 +237,9 @@ class Study:
             silent = abs(time.time() - float(lock["heartbeat"]))  # a clock may have been set back
         except (FileNotFoundError, DamagedFileError, TypeError, ValueError, KeyError):
             return None
-        return lock if silent < HEARTBEAT_SECONDS and lock.get("work", "driver") == "driver" else None
+        if silent >= HEARTBEAT_SECONDS or lock.get("work", DRIVER) != DRIVER or gone_from_here(lock):
+            return None
+        return lock
 
     def status(self) -> StudyStatus:
         """Return the state of every trial of the plan."""
@@ -251,17 +256,15 @@ class Study:
 
     def _trial_status(self, trial_id: str, names: set[str], jobs: Mapping[str, str], driver_alive: bool) -> TrialStatus:
         directory = self.trial(trial_id)
-        explained = tuple(
-            sorted(n.split("/")[1] for n in names if n.startswith("explain/") and n.endswith("done.json"))
-        )
+        explained = tuple(sorted(key for key in jobs.values() if f"explain/{key}/done.json" in names))
         if "result.json" in names:
             lacking = [f"explanation {job} failed: {said}" for job, said in failures(directory, names, jobs).items()]
             return _ended(trial_id, directory, explained, "; ".join(lacking))
         if "stopped.json" in names:
             mark = read_mark(directory, "stopped.json")
             return TrialStatus(trial_id, "stopped", epoch=int(mark["epoch"]), val_accuracy=float(mark["value"]))
-        if "failed.json" in names:
-            return TrialStatus(trial_id, "failed", message=str(read_mark(directory, "failed.json")["error"]))
+        if failed := failures(directory, names, {}):
+            return TrialStatus(trial_id, "failed", message=failed[""])
         events = directory.read_events("events") if any(n.split("/")[0] == "events" for n in names) else []
         events = [e for e in events if isinstance(e.get("event"), str) and isinstance(e.get("time"), int | float)]
         if not events:
@@ -324,7 +327,12 @@ def failures(directory: Storage, names: set[str], jobs: Mapping[str, str]) -> di
     """
     marks = {"": "failed.json"} if "result.json" not in names else {}
     marks |= {job: f"explain/{key}/failed.json" for job, key in jobs.items() if f"explain/{key}/done.json" not in names}
-    return {job: str(read_mark(directory, path)["error"]) for job, path in marks.items() if path in names}
+    found: dict[str, str] = {}
+    for job, path in marks.items():
+        if path in names:
+            with contextlib.suppress(FileNotFoundError):  # it is tried again since the files were listed
+                found[job] = str(read_mark(directory, path)["error"])
+    return found
 
 
 def _outline(directory: Storage) -> dict[str, Any]:

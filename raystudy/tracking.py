@@ -89,19 +89,27 @@ def _failures() -> tuple[type[Exception], ...]:
 UNAVAILABLE = _failures()
 
 
-def sync_study(study: Study, settings: Tracking) -> None:
+def sync_study(study: Study, settings: Tracking, given_up: threading.Event | None = None) -> None:
     """Repair the mirror of a study: forget the cursor and send everything again; what is there stays as it is.
 
-    The mirror has one writer: hold the study's lock.
+    Parameters
+    ----------
+    given_up : set when the study's lock, which is held meanwhile, is lost: the mirror has one writer.
 
     Raises
     ------
-    StudyError : MLflow does not answer, or is of a version that is not known.
+    StudyError : the lock was lost; MLflow does not answer, or is of a version that is not known.
     """
     check_server(settings.uri, must_answer=False)
     study.storage.delete(_cursor_path(settings))
     try:
-        Store(study, settings, Line()).sync(final=True)
+        Store(study, settings, Line(given_up)).sync(final=True)
+    except GivenUpError:
+        raise StudyError(
+            "a driver took this study over",
+            where=study.storage.uri,
+            remedy="leave it to that one: its mirror catches up",
+        ) from None
     except UNAVAILABLE as error:
         raise StudyError(
             f"MLflow does not answer: {first_line(error)}",
@@ -117,9 +125,9 @@ def _cursor_path(settings: Tracking) -> str:
 class Line:
     """The line to a store: when it was heard last, and whether anybody still waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, given_up: threading.Event | None = None) -> None:
         self.heard = time.monotonic()
-        self.given_up = threading.Event()
+        self.given_up = given_up or threading.Event()
 
     def __call__(self, request: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         if self.given_up.is_set():

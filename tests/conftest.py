@@ -1,5 +1,6 @@
 """Fixtures that several rooms share."""
 
+from tests.counts import pytest_terminal_summary  # noqa: F401
 from tests.devices import device  # noqa: F401
 from tests.golden_vectors import golden, golden_recipe, shared_dir  # noqa: F401
 from tests.mlflow_server import mlflow_server  # noqa: F401

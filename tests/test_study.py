@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from raystudy.errors import DamagedFileError, StudyError
+from raystudy.lock import locked
 from raystudy.results import write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
@@ -71,6 +72,44 @@ def test_a_damaged_lock_is_no_driver(tmp_path: Path, lock: str) -> None:
     study = study_with(tmp_path, **finished())
     study.storage.write_bytes("lock.json", lock.encode())
     assert study.status().driver is None
+
+
+def test_a_driver_whose_process_is_gone_is_none(tmp_path: Path) -> None:
+    study = study_with(tmp_path, **finished())
+    with locked(study.storage):
+        assert study.status().driver
+        lock = {**study.storage.read_json("lock.json"), "started": "another process has its pid"}
+    study.storage.write_json("lock.json", lock)
+    assert study.status().driver is None
+
+
+def test_a_driver_that_has_no_plan_yet_is_told(tmp_path: Path) -> None:
+    study = Study.at(str(tmp_path), "early")
+    with pytest.raises(StudyError, match="there is no study here"):
+        study.require()
+    with locked(study.storage), pytest.raises(StudyError, match="looks which films can be read"):
+        study.require()
+
+
+def test_a_trial_that_is_tried_again_while_its_status_is_asked_is_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_with(tmp_path)
+    study.trial(TRIAL).delete("result.json")
+    listed = {TRIAL: {"spec.json", "failed.json"}}  # and deleted since
+    monkeypatch.setattr(Study, "files", lambda _: listed)
+    assert study.status().trials[0].state == "waiting"
+
+
+def test_explanations_of_earlier_settings_are_not_counted(tmp_path: Path) -> None:
+    study = study_with(tmp_path, **finished())
+    plan = study.plan()
+    plan["explain"] = {TRIAL: {"prototypes": "prototypes-new"}}
+    write_sealed(study.storage, "plan.json", {k: v for k, v in plan.items() if k != "checksum"}, ())
+    for key in ("prototypes-old", "prototypes-new"):
+        assert study.status().trials[0].explained == ()
+        study.trial(TRIAL).write_json(f"explain/{key}/done.json", {})
+    assert study.status().trials[0].explained == ("prototypes-new",)
 
 
 @pytest.mark.parametrize(

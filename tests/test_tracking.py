@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -19,10 +20,10 @@ import raystudy.mirror
 from raystudy.cli import app
 from raystudy.config import Tracking, load_experiment
 from raystudy.errors import StudyError
+from raystudy.lock import LOCK, locked
 from raystudy.mirror import Mirror
 from raystudy.orchestrate import jobs
 from raystudy.orchestrate.driver import run_study
-from raystudy.orchestrate.lock import LOCK, locked
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.search import search_experiment
 from raystudy.report.page import write_report
@@ -415,6 +416,26 @@ def test_repair_beside_a_living_driver_is_refused(tiny_study: TinyStudy, tmp_pat
     assert not study.storage.list("report")
     assert report_sync(tiny_study, study, sqlite).exit_code == 0
     assert_mirrored_once(study, sqlite.uri)
+
+
+def test_a_repair_takes_no_lock_of_another_host_unasked_and_ends_when_it_loses_its_own(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study, lost = tiny_study.copy(tmp_path), threading.Event()
+    with locked(study.storage):
+        lock = {**study.storage.read_json(LOCK), "host": "elsewhere", "owner": "process 7 on elsewhere"}
+    study.storage.write_json(LOCK, lock)
+    done = report_sync(tiny_study, study, sqlite)
+    assert (done.exit_code, "process 7 on elsewhere" in done.output, "--take-over" in done.output) == (2, True, True)
+    lost.set()
+    with pytest.raises(StudyError, match="took this study over"):
+        sync_study(study, sqlite, lost)
+    assert not runs(sqlite.uri, "tiny")
+
+
+def test_a_repair_of_a_study_that_is_not_mirrored_is_refused(tiny_study: TinyStudy) -> None:
+    done = CliRunner().invoke(app, ["report", str(tiny_study.file), "--sync", "--set", "tracking.enabled=false"])
+    assert (done.exit_code, "tracking.enabled=true" in done.output) == (2, True), done.output
 
 
 def test_a_repair_keeps_drivers_away_and_is_none(

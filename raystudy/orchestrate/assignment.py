@@ -18,7 +18,7 @@ import pandas as pd
 
 from raystudy.errors import StudyError
 from raystudy.images.array import ImageArray
-from raystudy.orchestrate.lock import held_by_another
+from raystudy.lock import held_by_another
 from raystudy.storage import Storage
 from raystudy.study import Study
 

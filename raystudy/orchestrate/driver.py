@@ -10,13 +10,14 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Literal, Protocol
 
 from raystudy.config import Experiment
 from raystudy.errors import DamagedFileError, StudyError
+from raystudy.lock import StudyLock, locked
 from raystudy.orchestrate.assignment import Work, clear_stop
 from raystudy.orchestrate.changes import describe_changes
 from raystudy.orchestrate.cluster import run_on_ray
@@ -24,13 +25,12 @@ from raystudy.orchestrate.films import Films, plan_readable, prepare_films
 from raystudy.orchestrate.initial_weights import check_initial_weights
 from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.local_paths import refuse_local_paths
-from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.phantoms import write_phantom_originals
 from raystudy.orchestrate.plan import StudyPlan, plan_study
 from raystudy.orchestrate.progress import Display, Silent, display
 from raystudy.orchestrate.search import SearchBook, search_experiment
 from raystudy.orchestrate.session import connect, head_of, is_elsewhere
-from raystudy.orchestrate.state import Outcome, Run, Stop, Todo
+from raystudy.orchestrate.state import Outcome, Run, Stop, Stoppable, StopWished, Todo
 from raystudy.results import damaged_files, read_sealed, write_sealed
 from raystudy.storage import Storage, open_storage
 from raystudy.study import PLAN, Study
@@ -59,9 +59,16 @@ def run(
     storage = open_storage(experiment.storage)
     storage.check_writable()
     with display() as shown, ExitStack() as open_ray:
-        if experiment.images.unreadable == "drop":
+        lock = None
+        if experiment.images.unreadable == "drop":  # what can be read is known when everything is decoded
             open_ray.enter_context(connect(address))
-            plan = plan_readable(_planned(experiment), storage, shown)
+            study = Study(storage.child(experiment.name))
+            lock = open_ray.enter_context(_held(study, take_over))
+            try:
+                plan = plan_readable(_planned(experiment), storage, Stoppable(shown, Stop(study, lock)))
+            except StopWished:
+                print("interrupted; run the same command again to go on")
+                return 130
         else:
             plan = plan_study(_planned(experiment), storage)
         outcome = run_study(
@@ -73,6 +80,7 @@ def run(
             shown=shown,
             mirror=_mirror(experiment, storage),
             report=_report,
+            held=lock,
         )
     for name, message in outcome.failures.items():
         print(f"failed: {name}: {message}")
@@ -131,6 +139,7 @@ def run_study(
     mirror: Mirror | None = None,
     report: Callable[[Study], str] | None = None,
     work: Work | None = None,
+    held: StudyLock | None = None,
 ) -> Outcome:
     """Do what a study directory lacks.
 
@@ -141,6 +150,7 @@ def run_study(
     only_failed : only trials and explanations that are marked as failed.
     mirror, report : plugs; the report's text is shown.
     work : what a trial does; None trains it.
+    held : the study's lock, where the caller has it.
 
     Raises
     ------
@@ -149,8 +159,7 @@ def run_study(
     started = time.monotonic()
     shown = shown or Silent()
     study = Study(storage.child(plan.experiment.name))
-    with locked(study.storage, take_over=take_over) as lock:
-        clear_stop(study)
+    with nullcontext(held) if held else _held(study, take_over) as lock:
         book = _book(plan, study)
         asked = plan if book is None else replace(plan, trials=tuple(book.trials.values()))
         ledger = Ledger(study, asked)
@@ -167,7 +176,7 @@ def run_study(
         ledger.write_plan()
         ledger.prepare_trials(todo.involved)
         outcome = Outcome({t.trial_id: ledger.state(t) for t in asked.trials})
-        shown.say(_overview(asked, study, todo))
+        shown.say(_overview(study, todo, outcome))
         if book is not None and (note := book.left_out()):
             shown.say(note)
         if mirror is not None:
@@ -195,14 +204,27 @@ def run_study(
     return outcome
 
 
+@contextmanager
+def _held(study: Study, take_over: bool) -> Iterator[StudyLock]:
+    """Hold the study's lock; earlier wishes to stop are forgotten."""
+    with locked(study.storage, take_over=take_over) as lock:
+        clear_stop(study)
+        yield lock
+
+
 def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, address: str | None) -> None:
     shown = run.shown
     with connect(address) as session:
         if session.dashboard and executor == "ray":
             shown.say(f"Ray dashboard: {session.dashboard}   (where it asks for a token: ray get-auth-token)")
-        write_phantom_originals(plan.experiment, plan.image_table, storage, shown)
+        preparing = Stoppable(shown, run.stop)
         involved = plan.trials if run.book is not None or run.todo.films else run.todo.involved
-        run.films = prepare_films(involved, plan.image_table, storage, shown)
+        try:
+            write_phantom_originals(plan.experiment, plan.image_table, storage, preparing)
+            run.films = prepare_films(involved, plan.image_table, storage, preparing)
+        except StopWished:
+            run.outcome.interrupted = True
+            return
         run.films.left_out = len(plan.unusable)
         run.study.keep_image_keys(run.films.arrays)
         with run.stop.signals():
@@ -215,14 +237,17 @@ def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, ad
         run.outcome.interrupted |= run.stop() or "interrupted" in run.outcome.states.values()
 
 
-def _overview(plan: StudyPlan, study: Study, todo: Todo) -> str:
-    n, done = len(plan.trials), len(plan.trials) - len(todo.trials)
+def _overview(study: Study, todo: Todo, outcome: Outcome) -> str:
+    n, place = len(outcome.states), study.storage.uri
+    left = sum(state in ("waiting", "interrupted", "failed") for state in outcome.states.values())
     if todo.suggestions:
-        return f"{study.name}: searching; {n} trials suggested so far, {done} done ({study.storage.uri})"
+        return f"{study.name}: searching; {n} trials suggested so far, {n - left} done ({place})"
+    if not todo and left:
+        return f"{study.name}: no trial failed, {left} of {n} are still to run ({place})"
     if not todo:
-        return f"{study.name}: {'the trial is' if n == 1 else f'all {n} trials are'} done ({study.storage.uri})"
+        return f"{study.name}: {'the trial is' if n == 1 else f'all {n} trials are'} done ({place})"
     explanations = f", {len(todo.explanations)} explanations of finished trials" if todo.explanations else ""
-    return f"{study.name}: {len(todo.trials)} of {n} trials to run, {done} done{explanations} ({study.storage.uri})"
+    return f"{study.name}: {len(todo.trials)} of {n} trials to run, {n - left} done{explanations} ({place})"
 
 
 def _reportable(study: Study, outcome: Outcome) -> bool:

@@ -22,11 +22,11 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import raystudy
 from raystudy.config import Experiment
 from raystudy.errors import NewerStudyError, StudyError
+from raystudy.lock import REPAIR, gone_from_here, lock_holder
 from raystudy.orchestrate.access import check_ray_version, installed_ray
 from raystudy.orchestrate.assignment import write_stop
 from raystudy.orchestrate.dashboard import check_dashboard
 from raystudy.orchestrate.local_paths import refuse_local_paths
-from raystudy.orchestrate.lock import REPAIR, gone_from_here, lock_holder
 from raystudy.orchestrate.session import NO_SECRETS
 from raystudy.study import Study
 
@@ -127,8 +127,10 @@ def _say_where_runs_go(experiment: Experiment) -> None:
 
 def stop(experiment: Experiment) -> None:
     """Ask a running study to stop; say so when nobody runs it."""
-    study = Study.at(experiment.storage, experiment.name).require()
+    study = Study.at(experiment.storage, experiment.name)
     holder = lock_holder(study.storage)
+    if holder is None:  # else a driver may still find out which films it can plan with
+        study.require()
     # Of an owner elsewhere no clock of this machine can tell.
     if holder is None or holder.get("work") == REPAIR or gone_from_here(holder):
         raise StudyError("nobody runs this study", where=study.storage.uri, remedy="nothing to stop")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
 from raystudy.explanation_jobs import Job
+from raystudy.lock import StudyLock
 from raystudy.orchestrate.assignment import Work, stop_watch, write_stop
 from raystudy.orchestrate.films import Films
 from raystudy.orchestrate.ledger import Ledger
-from raystudy.orchestrate.lock import StudyLock
 from raystudy.orchestrate.plan import PlannedTrial
 from raystudy.orchestrate.progress import Display
 from raystudy.orchestrate.search import SearchBook
@@ -55,6 +55,29 @@ class Todo:
     def involved(self) -> list[PlannedTrial]:
         """Every trial that is trained or explained, once."""
         return list({t.trial_id: t for t in [*self.trials, *(t for t, _ in self.explanations)]}.values())
+
+
+class StopWished(Exception):
+    """The study is to stop while its films are prepared."""
+
+
+@dataclass(frozen=True)
+class Stoppable:
+    """A display of long preparations, which end at the next count when the study is to stop."""
+
+    shown: Display
+    stop: Callable[[], bool]
+
+    def say(self, text: str) -> None:
+        self.shown.say(text)
+
+    def count(self, what: str, done: int, total: int, detail: str = "") -> None:
+        self.shown.count(what, done, total, detail)
+        if self.stop():
+            raise StopWished
+
+    def running(self, lines: dict[str, str]) -> None:
+        self.shown.running(lines)
 
 
 class Stop:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from raystudy.config import Experiment, load_experiment
+from tests.counts import COUNT
 from tests.orchestrate import tiny
 from tests.tiny_study import TinyStudy
-
-COUNT = "count"  # among what a test's report carries, also from a process beside
 
 Tally = Callable[[str], None]
 
@@ -53,12 +52,3 @@ def undisturbed(tiny_study: TinyStudy) -> Undisturbed:
 def tally(request: pytest.FixtureRequest) -> Tally:
     """Says what a test did; all of it is printed at the end."""
     return lambda line: request.node.user_properties.append((COUNT, f"{request.node.name}: {line}"))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = [r for state in ("passed", "failed") for r in terminalreporter.getreports(state) if r.when == "call"]
-    counts = [line for report in reports for name, line in report.user_properties if name == COUNT]
-    if counts:
-        terminalreporter.section("faults and what came of them")
-    for line in counts:
-        terminalreporter.write_line(line)

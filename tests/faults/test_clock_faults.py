@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raystudy.checkpoint import CheckpointClock
-from raystudy.orchestrate.lock import LOCK, StudyLock, locked
+from raystudy.lock import LOCK, StudyLock, locked
 from raystudy.storage import open_storage
 from raystudy.study import Study
 from tests.faults.conftest import Tally, Undisturbed

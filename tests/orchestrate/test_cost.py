@@ -102,15 +102,23 @@ def explain(trial: PlannedTrial, images: ImageArray, place: Storage) -> None:
         explain_trial(job, trial.spec, trial.cohort, trial.tests, images, place, trial.explain)
 
 
-def test_each_network_of_an_ablation_is_measured(films: Path, tmp_path: Path) -> None:
+def test_each_network_of_an_ablation_is_measured(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, asked = {2: 1.0, 4: 10.0}, list[int]()  # seconds of a training step
+
+    def measure(trial: PlannedTrial, *_: Any) -> cost.Work:
+        asked.append(trial.spec.model.backbone_layers)
+        return cost.Work(train=rates[asked[-1]])
+
     def seconds(**more: Any) -> float:
         experiment = tiny.experiment(films, tmp_path, ["images.size=64", "training.epochs=400"], **more)
         found = cost.estimate(plan_study(experiment, open_storage(tmp_path))).seconds
         assert found is not None
         return found
 
+    monkeypatch.setattr(cost, "_measure", measure)
     small, both = seconds(), seconds(axes={"model.backbone_layers": [2, 4]})
-    assert both > 3 * small  # twice the trials, and the deeper network has many times the parameters
+    assert asked == [2, 2, 4]
+    assert both == pytest.approx(11 * small, rel=0.01)
 
 
 def test_steps_count_every_copy_of_a_film(films: Path, tmp_path: Path) -> None:

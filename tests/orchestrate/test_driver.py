@@ -11,11 +11,12 @@ import pytest
 
 from raystudy.config import load_experiment
 from raystudy.errors import StudyError
+from raystudy.lock import locked
+from raystudy.orchestrate import jobs
 from raystudy.orchestrate.assignment import Status, write_stop
 from raystudy.orchestrate.driver import Executor, Outcome, _report, run, run_study
 from raystudy.orchestrate.films import plan_readable
 from raystudy.orchestrate.ledger import Ledger
-from raystudy.orchestrate.lock import locked
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.progress import Silent
 from raystudy.storage import open_storage
@@ -147,6 +148,56 @@ def test_the_wish_to_stop_ends_the_study_and_the_next_run_goes_on(films: Path, p
     assert set(outcome.states.values()) <= {"interrupted", "waiting"}
     assert "interrupted" in outcome.states.values()
     assert run_study(plan, root, work=works.null, executor="plain").trained == 3
+
+
+class Wishing(Said):
+    """Wishes that the study stops as soon as something is counted."""
+
+    def __init__(self, study: Study) -> None:
+        super().__init__()
+        self.study = study
+
+    def count(self, what: str, done: int, total: int, detail: str = "") -> None:
+        write_stop(self.study, "a test")
+
+
+def test_the_wish_to_stop_ends_the_preparation_of_films(films: Path, tmp_path: Path, ray_local: None) -> None:
+    plan, root = tiny.planned(films, tmp_path / "studies")
+    study = Study(root.child("tiny"))
+    outcome = run_study(plan, root, shown=Wishing(study), work=works.null, executor="plain")
+    assert (outcome.exit_code, outcome.trained, outcome.failures) == (130, 0, {})
+    assert set(outcome.states.values()) == {"waiting"}
+    assert not study.storage.exists("lock.json")
+    assert run_study(plan, root, work=works.null, executor="plain").trained == 3
+
+
+def test_a_study_that_looks_which_films_can_be_read_is_held_and_can_be_stopped(
+    films: Path, tmp_path: Path, ray_local: None
+) -> None:
+    experiment = tiny.experiment(films, tmp_path / "studies", ["images.unreadable=drop"])
+    study, told = Study(open_storage(experiment.storage).child("tiny")), list[str]()
+
+    def ask() -> None:
+        while not study.storage.exists("lock.json"):
+            time.sleep(0.01)
+        jobs.stop(experiment)
+        with pytest.raises(StudyError, match="another driver") as refusal, locked(study.storage):
+            pass
+        told.append(str(refusal.value))
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    assert run(experiment) == 130
+    asker.join()
+    assert told
+    assert study.storage.list() == ["stop.json"]
+
+
+def test_only_failed_where_nothing_failed_says_what_is_left(films: Path, tmp_path: Path) -> None:
+    plan, root = tiny.planned(films, tmp_path)
+    said = Said()
+    assert run_study(plan, root, only_failed=True, shown=said, work=works.null).exit_code == 0
+    assert [line for line in said.lines if "no trial failed, 3 of 3 are still to run" in line]
 
 
 @pytest.mark.parametrize("executor", ["plain", "ray"])

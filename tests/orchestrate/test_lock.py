@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from raystudy.errors import StudyError
+from raystudy.lock import LOCK, StudyLock, locked
 from raystudy.orchestrate.assignment import stop_watch
 from raystudy.orchestrate.driver import run_study
 from raystudy.orchestrate.explain import Explainer, ExplainJob
 from raystudy.orchestrate.films import prepare_films
 from raystudy.orchestrate.ledger import Ledger
-from raystudy.orchestrate.lock import LOCK, StudyLock, locked
 from raystudy.orchestrate.progress import Silent
 from raystudy.orchestrate.slot import Placement
 from raystudy.storage import Storage, open_storage
@@ -25,7 +25,7 @@ from tests.orchestrate import tiny, works
 def dead_record(storage: Storage, **more: object) -> dict[str, object]:
     """Leave the lock of a driver of this host that was killed."""
     code = (
-        "import sys, os; from raystudy.orchestrate.lock import StudyLock; from raystudy.storage import open_storage; "
+        "import sys, os; from raystudy.lock import StudyLock; from raystudy.storage import open_storage; "
         "StudyLock(open_storage(sys.argv[1])).acquire(); os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code, storage.uri], check=False, timeout=60)
@@ -101,7 +101,7 @@ def test_of_many_drivers_that_take_over_one_wins(tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
     dead_record(storage)
     code = (
-        "import sys, time; from raystudy.orchestrate.lock import StudyLock; from raystudy.errors import StudyError\n"
+        "import sys, time; from raystudy.lock import StudyLock; from raystudy.errors import StudyError\n"
         "from raystudy.storage import open_storage\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
         "try: StudyLock(open_storage(sys.argv[1])).acquire(); print('won'); time.sleep(3)\n"

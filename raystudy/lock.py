@@ -46,7 +46,7 @@ class StudyLock:
         self._beat_seconds = beat_seconds
         self._record = {**_identity(), "work": work}
         self._ended = threading.Event()
-        self._lost = threading.Event()
+        self.lost_event = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
@@ -57,12 +57,12 @@ class StudyLock:
     @property
     def lost(self) -> bool:
         """Another driver took the study over: this one must end."""
-        return self._lost.is_set()
+        return self.lost_event.is_set()
 
     def look(self) -> None:
         """See now whether the lock is lost, without waiting for the next heartbeat."""
         if not self._owned():
-            self._lost.set()
+            self.lost_event.set()
 
     def acquire(self) -> None:
         """Take the lock, or refuse and name its owner.
@@ -113,7 +113,7 @@ class StudyLock:
         gone = gone_from_here(holder)
         if gone is None:
             if not self._take_over:
-                self._refuse(holder, "; if that driver is dead: `raystudy run … --take-over`")
+                self._refuse(holder, "; if it is dead: the same command with --take-over")
             gone = self._stands_still(holder, name)
         if not gone:
             self._refuse(holder)
