@@ -7,7 +7,7 @@ interrupted reads them back and goes on as if nothing had been.  Where the exper
 other trials: observations and rungs of earlier ones no longer count.
 
     search/suggestions/000007.json   {"number", "values"}
-    search/observations/000007.json  {"number", "objective", "trials"}
+    search/observations/000007.json  {"number", "objective", "trials", "stopped"}: the trials that were stopped early
     search/rungs                     events: what each trial had reached at a rung, and whether it went on
 """
 
@@ -46,6 +46,14 @@ class Suggestion:
     values: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Reached:
+    """A trial's validation accuracy; ``stopped``: where the search stopped it, so of no model and not comparable."""
+
+    value: float
+    stopped: bool
+
+
 @dataclass
 class SearchBook:
     """What a search suggested and observed, in the study directory.
@@ -60,9 +68,10 @@ class SearchBook:
     base: StudyPlan
     suggestions: list[Suggestion] = field(default_factory=list[Suggestion])
     observed: dict[int, float] = field(default_factory=dict[int, float])
+    stopped: set[int] = field(default_factory=set[int])  # observed suggestions of which a trial was stopped early
     trials: dict[str, PlannedTrial] = field(default_factory=dict[str, PlannedTrial])
     _of_trial: dict[str, list[int]] = field(default_factory=dict[str, list[int]])  # a trial's suggestions
-    _values: dict[int, dict[str, float | None]] = field(default_factory=dict[int, dict[str, float | None]])
+    _values: dict[int, dict[str, Reached | None]] = field(default_factory=dict[int, dict[str, Reached | None]])
     _lock: threading.RLock = field(default_factory=threading.RLock)  # Tune's thread suggests, the driver's observes
 
     @property
@@ -96,6 +105,8 @@ class SearchBook:
             wanted = {trial.trial_id for trial in self._trials_of(number)}
             if wanted and set(kept["trials"]) == wanted:  # else of an earlier spec, or of other seeds
                 self.observed[number] = float(kept["objective"])
+                if kept["stopped"] if "stopped" in kept else any(map(self._was_stopped, wanted)):
+                    self.stopped.add(number)
         for trial_id, numbers in self._of_trial.items():
             if not self.observed.keys() >= set(numbers):  # of other trials, or a run ended before it was written
                 self._observe_known(trial_id)
@@ -110,7 +121,8 @@ class SearchBook:
         if best is None:
             return "no suggestion is observed yet"
         values = ", ".join(f"{key} = {value}" for key, value in best[0].values.items())
-        return f"best of {len(self.observed)}: {best[1]:.1f} % validation accuracy with {values}"
+        early = f" ({len(self.stopped)} stopped early)" if self.stopped else ""
+        return f"best of {len(self.observed)}{early}: {best[1]:.1f} % validation accuracy with {values}"
 
     def left_out(self) -> str | None:
         """Say how many suggestions the search space, as it is now, no longer holds; None where it holds all."""
@@ -157,38 +169,46 @@ class SearchBook:
     def _trials_of(self, number: int) -> list[PlannedTrial]:
         return [t for t in self.trials.values() if number in self._of_trial[t.trial_id]]
 
-    def observe(self, trial_id: str, value: float | None) -> None:
+    def observe(self, trial_id: str, reached: Reached | None) -> None:
         """Take a trial's validation accuracy (None: it failed); write the observation once all are there."""
         with self._lock:
-            self._observe(trial_id, value)
+            self._observe(trial_id, reached)
 
     def _observe_known(self, trial_id: str) -> None:
-        value = value_of(self.study, trial_id)
-        if value is not None:
-            self._observe(trial_id, value)
+        reached = value_of(self.study, trial_id)
+        if reached is not None:
+            self._observe(trial_id, reached)
 
-    def _observe(self, trial_id: str, value: float | None) -> None:
+    def _observe(self, trial_id: str, reached: Reached | None) -> None:
         for number in self._of_trial[trial_id]:
-            self._observe_for(number, trial_id, value)
+            self._observe_for(number, trial_id, reached)
 
-    def _observe_for(self, number: int, trial_id: str, value: float | None) -> None:
+    def _observe_for(self, number: int, trial_id: str, reached: Reached | None) -> None:
         values = self._values.setdefault(number, {})
-        values[trial_id] = value
+        values[trial_id] = reached
         wanted = [t.trial_id for t in self._trials_of(number)]
         if set(values) < set(wanted) or number in self.observed:
             return
-        known = [v for v in values.values() if v is not None]
+        known = {t: r for t, r in values.items() if r is not None}
         if len(known) < len(wanted):
             return  # failed trials are tried again by the next run
-        self.observed[number] = math.fsum(known) / len(known)
-        note = {"number": number, "objective": self.observed[number], "trials": values}
+        stopped = [t for t, r in known.items() if r.stopped]
+        if stopped:
+            self.stopped.add(number)  # before it is observed, as the other thread may ask in between
+        trials = {t: r.value for t, r in known.items()}
+        self.observed[number] = math.fsum(trials.values()) / len(trials)
+        note = {"number": number, "objective": self.observed[number], "trials": trials, "stopped": stopped}
         write_sealed(self.study.storage, f"{FOLDER}/observations/{number:06d}.json", note, ())
 
+    def _was_stopped(self, trial_id: str) -> bool:
+        reached = value_of(self.study, trial_id)
+        return reached is not None and reached.stopped
+
     def best(self) -> tuple[Suggestion, float] | None:
-        """Return the best observed suggestion; the earlier of equals."""
+        """Return the best suggestion that was trained to its end, if any was; the earlier of equals."""
         if not self.observed:
             return None
-        number = min(self.observed, key=lambda n: (-self.observed[n], n))
+        number = min(self.observed.keys() - self.stopped or self.observed, key=lambda n: (-self.observed[n], n))
         return next(s for s in self.suggestions if s.number == number), self.observed[number]
 
     def _admit(self, suggestion: Suggestion) -> None:
@@ -270,9 +290,10 @@ def _optuna(book: SearchBook, number: int) -> dict[str, Any]:
     for known in book.suggestions:
         if known.number in book.observed and book.holds(known):
             params = {key: _parameter(book.settings.space[key], value) for key, value in known.values.items()}
-            memory.add_trial(
-                optuna.trial.create_trial(params=params, distributions=space, value=book.observed[known.number])
-            )
+            told: dict[str, Any] = {"value": book.observed[known.number]}
+            if known.number in book.stopped:  # ranks behind all that were trained to their end
+                told = {"state": optuna.trial.TrialState.PRUNED, "intermediate_values": {0: told["value"]}}
+            memory.add_trial(optuna.trial.create_trial(params=params, distributions=space, **told))
     asked = memory.ask(space).params
     return {key: _value(book.settings.space[key], value) for key, value in asked.items()}
 
@@ -369,7 +390,7 @@ def cell_of(trial: PlannedTrial) -> str:
     return f"{spec.task} h1_{spec.h1_share:03d} seed {spec.seed} cohort {spec.cohort_seed}"
 
 
-def value_of(study: Study, trial_id: str) -> float | None:
+def value_of(study: Study, trial_id: str) -> Reached | None:
     """Return a trial's validation accuracy: of its result, or where the search stopped it; None when there is none.
 
     Raises
@@ -380,8 +401,8 @@ def value_of(study: Study, trial_id: str) -> float | None:
     if directory.exists(RESULT):
         result = stand_in(directory) or read_result(directory)
         assert result is not None  # it was there a moment ago
-        return float(result["selected"]["val_accuracy"]) if result["status"] == "finished" else 0.0
+        return Reached(float(result["selected"]["val_accuracy"]) if result["status"] == "finished" else 0.0, False)
     try:
-        return float(read_mark(directory, STOPPED)["value"])
+        return Reached(float(read_mark(directory, STOPPED)["value"]), True)
     except FileNotFoundError:
         return None

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from raystudy.errors import StudyError
+from raystudy.orchestrate.assignment import STOPPED
 from raystudy.orchestrate.driver import Executor, run_study
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.progress import Silent
-from raystudy.orchestrate.search import Halving, SearchBook, search_experiment, value_of
+from raystudy.orchestrate.search import Halving, SearchBook, Suggestion, search_experiment, value_of
 from raystudy.orchestrate.state import Outcome
-from raystudy.results import write_sealed
+from raystudy.results import read_sealed, write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
 from tests.orchestrate import tiny, works
@@ -52,6 +53,11 @@ def try_out(found: SearchBook, accuracies: Iterable[float]) -> None:
         result = {"status": "finished", "tests": {}, "selected": {"val_accuracy": accuracy}}
         found.study.trial(trial_id).write_json("result.json", result)
         found.observe(trial_id, value_of(found.study, trial_id))
+
+
+def stop_early(found: SearchBook, trial_id: str, accuracy: float) -> None:
+    write_sealed(found.study.trial(trial_id), STOPPED, {"epoch": 1, "value": accuracy, "by": "the search"}, ())
+    found.observe(trial_id, value_of(found.study, trial_id))
 
 
 def texts(storage: Path) -> dict[str, bytes]:
@@ -108,6 +114,53 @@ def test_the_best_suggestion_is_the_one_with_the_best_validation_accuracy(films:
     trial = next(iter(found.trials.values()))
     assert set(trial.spec.axes) == set(SPACE)
     assert trial.spec.training.lr_backbone == trial.spec.axes["training.lr_backbone"]
+
+
+def test_the_best_suggestion_is_one_that_was_trained_to_its_end(films: Path, tmp_path: Path) -> None:
+    asked = ["search.trials=4", "seeds=[0, 1]"]
+    found = book(films, tmp_path, asked)
+    while found.suggest() is not None:
+        pass
+    trials = list(found.trials)
+    stop_early(found, trials[2], 99.0)
+    assert found.best() is None
+    stop_early(found, trials[3], 97.0)
+    best = found.best()
+    assert best is not None
+    assert (best[0].number, best[1]) == (1, 98.0)
+    stop_early(found, trials[5], 90.0)
+    try_out(found, [70.0, 80.0, 95.0, 60.0, 74.0])  # of suggestion 0, one seed of 2, and 3
+    again = book(films, tmp_path, asked)
+    for known in (found, again):
+        best = known.best()
+        assert best is not None
+        assert (best[0].number, best[1]) == (0, 75.0)
+        assert (known.observed, known.stopped) == ({0: 75.0, 1: 98.0, 2: 92.5, 3: 67.0}, {1, 2})
+        assert known.verdict().startswith("best of 4 (2 stopped early): 75.0 %")
+    storage = found.study.storage
+    kept = {n: read_sealed(storage, f"search/observations/{n:06d}.json") or {} for n in range(4)}
+    assert [kept[n]["stopped"] for n in range(4)] == [[], trials[2:4], [trials[5]], []]
+    for n, note in kept.items():  # as an earlier raystudy wrote them
+        old = {key: note[key] for key in ("number", "objective", "trials")}
+        write_sealed(storage, f"search/observations/{n:06d}.json", old, ())
+    earlier = book(films, tmp_path, asked)
+    assert (earlier.observed, earlier.stopped) == (found.observed, {1, 2})
+
+
+def test_optuna_is_not_drawn_to_what_was_stopped_early(films: Path, tmp_path: Path) -> None:
+    asked = ["search.trials=14", "search.algorithm=optuna"]
+    after: list[list[Suggestion | None]] = []
+    for reached in (99.0, 1.0):
+        found = book(films, tmp_path / str(reached), asked)
+        for n in range(12):  # TPE begins after ten
+            found.suggest()
+            trial_id = list(found.trials)[n]
+            if n == 3:
+                stop_early(found, trial_id, reached)
+            else:
+                try_out(found, [50.0 + n])
+        after.append([found.suggest(), found.suggest()])
+    assert after[0] == after[1]
 
 
 @pytest.mark.parametrize(
