@@ -17,13 +17,14 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
 from raystudy.config import Experiment, Search, SearchRange
+from raystudy.config_text import in_plain_words
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import STOPPED
 from raystudy.orchestrate.ledger import stand_in
@@ -36,6 +37,7 @@ from raystudy.study import Study, read_mark
 FOLDER = "search"
 SEARCHABLE = ("model", "training")
 ETA = 3  # of the asynchronous halving: a third goes on
+DRAWS = 500  # of a suggestion, until its values are a valid experiment together
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class SearchBook:
 
         Raises
         ------
-        StudyError : the searched keys are others now, or cannot be searched.
+        StudyError : the searched keys are others now, or cannot be searched, or are valid together nowhere.
         """
         check_space(self.settings)
         if self.settings.algorithm == "optuna":
@@ -110,6 +112,8 @@ class SearchBook:
         for trial_id, numbers in self._of_trial.items():
             if not self.observed.keys() >= set(numbers):  # of other trials, or a run ended before it was written
                 self._observe_known(trial_id)
+        if self.wants_more:
+            self._draw()  # refused before anything starts
 
     @property
     def wants_more(self) -> bool:
@@ -147,20 +151,35 @@ class SearchBook:
         """Return the next suggestion, written down, or None when there are enough."""
         if not self.wants_more:
             return None
-        known = {suggestion.number for suggestion in self.suggestions}
-        number = next(n for n in itertools.count() if n not in known)  # a damaged one was deleted
-        draw = _optuna if self.settings.algorithm == "optuna" else _random
-        values = {key: self._fitting(key, value) for key, value in draw(self, number).items()}
-        suggestion = Suggestion(number, values)
-        self._variant(values)  # refused before it is written down
-        path = f"{FOLDER}/suggestions/{number:06d}.json"
-        write_sealed(self.study.storage, path, {"number": number, "values": values}, ())
+        suggestion = self._draw()
+        path = f"{FOLDER}/suggestions/{suggestion.number:06d}.json"
+        write_sealed(self.study.storage, path, {"number": suggestion.number, "values": suggestion.values}, ())
         with self._lock:
             self._admit(suggestion)
-            for trial in self._trials_of(number):
+            for trial in self._trials_of(suggestion.number):
                 if len(self._of_trial[trial.trial_id]) > 1:
                     self._observe_known(trial.trial_id)
         return suggestion
+
+    def _draw(self) -> Suggestion:
+        """Draw the next suggestion; values that are no valid experiment together are drawn again."""
+        known = {suggestion.number for suggestion in self.suggestions}
+        number = next(n for n in itertools.count() if n not in known)  # a damaged one was deleted
+        draws = _optuna if self.settings.algorithm == "optuna" else _random
+        problem = ""
+        for drawn in itertools.islice(draws(self, number), DRAWS):
+            values = {key: self._fitting(key, value) for key, value in drawn.items()}
+            try:
+                self._variant(values)  # before it is written down, as a weights file may be missing
+            except ValidationError as error:
+                problem = f"{values}: {in_plain_words(dict(error.errors(include_url=False)[0]))}"
+            else:
+                return Suggestion(number, values)
+        raise StudyError(
+            f"none of {DRAWS} draws is a valid experiment, the last was {problem}",
+            where="search.space",
+            remedy="narrow the space to values that are valid together",
+        )
 
     def planned(self, suggestion: Suggestion) -> list[PlannedTrial]:
         """Return the trials that a suggestion has brought: none where its values were suggested before."""
@@ -218,15 +237,8 @@ class SearchBook:
             self._of_trial.setdefault(trial.trial_id, []).append(suggestion.number)
 
     def _variant(self, values: dict[str, Any]) -> list[PlannedTrial]:
-        """Plan the trials of a suggestion on the cohorts that are drawn already."""
-        try:
-            arms = [Arm({**a.axes, **values}, a.experiment.with_values(values), a.cohorts) for a in self.base.arms]
-        except ValidationError as error:
-            raise StudyError(
-                f"the suggestion {values} is not a valid experiment: {error.errors()[0]['msg']}",
-                where="search.space",
-                remedy="narrow the space",
-            ) from None
+        """Plan the trials of a suggestion on the cohorts that are drawn already; no valid one is a ValidationError."""
+        arms = [Arm({**a.axes, **values}, a.experiment.with_values(values), a.cohorts) for a in self.base.arms]
         return [trial for arm in arms for trial in trials_of(arm)]
 
     def _fitting(self, key: str, value: Any) -> Any:
@@ -260,13 +272,14 @@ def search_experiment(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"mixtures": experiment.search.mixtures})
 
 
-def _random(book: SearchBook, number: int) -> dict[str, Any]:
+def _random(book: SearchBook, number: int) -> Iterator[dict[str, Any]]:
     """Draw every value from a stream of its own: suggestion n does not depend on what came before."""
-    values: dict[str, Any] = {}
-    for key, wanted in book.settings.space.items():
-        share = float(stream(book.experiment.study_seed, "search", key, number).random())
-        values[key] = _at(wanted, share)
-    return values
+    for again in itertools.count():
+        values: dict[str, Any] = {}
+        for key, wanted in book.settings.space.items():
+            purpose = ("search", key, number, again) if again else ("search", key, number)
+            values[key] = _at(wanted, float(stream(book.experiment.study_seed, *purpose).random()))
+        yield values
 
 
 def _at(wanted: SearchRange, share: float) -> Any:
@@ -280,8 +293,11 @@ def _at(wanted: SearchRange, share: float) -> Any:
     return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
 
 
-def _optuna(book: SearchBook, number: int) -> dict[str, Any]:
-    """Ask Optuna's TPE, told again what was observed in this space, with a seed of its own: it remembers nothing."""
+def _optuna(book: SearchBook, number: int) -> Iterator[dict[str, Any]]:
+    """Ask Optuna's TPE, told again what was observed in this space, with a seed of its own: it remembers nothing.
+
+    Asked again, it is told that what it gave is worse than anything observed; told less, it would give the same.
+    """
     optuna = _require_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seed = stream_seed(book.experiment.study_seed, "search", "optuna", number) % 2**32
@@ -294,8 +310,10 @@ def _optuna(book: SearchBook, number: int) -> dict[str, Any]:
             if known.number in book.stopped:  # ranks behind all that were trained to their end
                 told = {"state": optuna.trial.TrialState.PRUNED, "intermediate_values": {0: told["value"]}}
             memory.add_trial(optuna.trial.create_trial(params=params, distributions=space, **told))
-    asked = memory.ask(space).params
-    return {key: _value(book.settings.space[key], value) for key, value in asked.items()}
+    while True:
+        asked = memory.ask(space)
+        yield {key: _value(book.settings.space[key], value) for key, value in asked.params.items()}
+        memory.tell(asked, state=optuna.trial.TrialState.PRUNED)
 
 
 def _require_optuna() -> Any:

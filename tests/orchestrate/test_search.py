@@ -2,6 +2,7 @@ import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from raystudy.orchestrate.progress import Silent
 from raystudy.orchestrate.search import Halving, SearchBook, Suggestion, search_experiment, value_of
 from raystudy.orchestrate.state import Outcome
 from raystudy.results import read_sealed, write_sealed
-from raystudy.storage import open_storage
+from raystudy.storage import Storage, open_storage
 from raystudy.study import Study
 from tests.orchestrate import tiny, works
 
@@ -41,6 +42,14 @@ def search(
 def book(films: Path, storage: Path, overrides: list[str] | None = None) -> SearchBook:
     experiment = tiny.experiment(films, storage, overrides, search=SEARCH)
     root = open_storage(storage)
+    found = SearchBook(Study(root.child("tiny")), experiment, plan_study(search_experiment(experiment), root))
+    found.open()
+    return found
+
+
+def book_of(root: Storage, films: Path, overrides: list[str] | None = None, **more: Any) -> SearchBook:
+    """Return the opened book of a search that differs by ``more``."""
+    experiment = tiny.experiment(films, root.uri, overrides, search={**SEARCH, **more})
     found = SearchBook(Study(root.child("tiny")), experiment, plan_study(search_experiment(experiment), root))
     found.open()
     return found
@@ -203,6 +212,38 @@ def test_only_failed_trains_the_failed_trial_of_a_search_and_suggests_nothing(
     again = search(films, place, executor=executor, only_failed=True)  # of six suggestions
     assert (again.trained, len(again.states)) == (1, 2)
     assert len(texts(place)) == 4  # two suggestions, two observations
+
+
+TOGETHER = {"training.epochs": {"choice": [2, 8]}, "training.warm_epochs": {"choice": [0, 6]}}
+LONGER = ["training.epochs=8", "training.warm_epochs=0"]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_values_that_are_not_valid_together_are_drawn_again_and_the_same_after_an_interruption(
+    algorithm: str, films: Path, tmp_path: Path
+) -> None:
+    told: list[list[dict[str, Any]]] = []
+    for run, stops in enumerate(([20], [1, 11, 12, 20])):
+        root = open_storage(tmp_path / str(run))
+        for trials in stops:
+            found = book_of(root, films, LONGER, space=TOGETHER, trials=trials, algorithm=algorithm)
+            while (suggestion := found.suggest()) is not None:
+                # the best has few epochs, the next many warm ones: TPE is drawn to both, one by one
+                accuracy = {(2, 0): 90.0, (8, 6): 80.0}.get(tuple(suggestion.values.values()), 20.0)
+                try_out(found, [accuracy] * len(found.planned(suggestion)))
+        told.append([s.values for s in book_of(root, films, LONGER, space=TOGETHER, algorithm=algorithm).suggestions])
+    assert told[0] == told[1]
+    assert {tuple(values.values()) for values in told[0]} == {(2, 0), (8, 0), (8, 6)}
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_space_without_any_valid_experiment_is_refused_before_anything_starts(
+    algorithm: str, films: Path, tmp_path: Path
+) -> None:
+    space = {"training.epochs": {"choice": [2]}, "training.warm_epochs": {"choice": [6]}}
+    with pytest.raises(StudyError, match=r"must lie in 0\.\.epochs = 2, got 6") as caught:
+        book_of(open_storage(tmp_path), films, LONGER, space=space, algorithm=algorithm)
+    assert caught.value.where == "search.space"
 
 
 def test_values_stay_in_their_ranges(films: Path, tmp_path: Path) -> None:
