@@ -242,12 +242,14 @@ class SearchBook:
         return [trial for arm in arms for trial in trials_of(arm)]
 
     def _fitting(self, key: str, value: Any) -> Any:
-        """Round a drawn number: to an integer where the setting is one, to four digits elsewhere."""
+        """Round a drawn number: to an integer where the setting is one, to four digits elsewhere; no choice changes."""
         section, _, leaf = key.partition(".")
         now = getattr(getattr(self.experiment, section), leaf)
         if not isinstance(value, float):
             return value
-        return round(value) if isinstance(now, int) and not isinstance(now, bool) else float(f"{value:.4g}")
+        if isinstance(now, int) and not isinstance(now, bool):
+            return round(value)
+        return value if self.settings.space[key].choice else float(f"{value:.4g}")
 
 
 def check_space(search: Search) -> None:

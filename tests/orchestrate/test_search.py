@@ -324,6 +324,18 @@ def test_a_value_that_was_rounded_over_a_bound_is_still_of_its_space(films: Path
     assert found.left_out() is None
 
 
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_choice_is_tried_as_it_was_listed(algorithm: str, films: Path, tmp_path: Path) -> None:
+    listed = [0.00123456, 0.00765432]
+    space = {"training.lr_backbone": {"choice": listed}, "training.epochs": {"choice": [4.0, 2]}}
+    found = book_of(open_storage(tmp_path), films, space=space, algorithm=algorithm, trials=12)
+    while found.suggest() is not None:
+        pass
+    found = book_of(open_storage(tmp_path), films, space=space, algorithm=algorithm, trials=12)
+    assert found.left_out() is None
+    assert {t.spec.training.lr_backbone for t in found.trials.values()} == set(listed)
+
+
 def test_a_run_says_in_one_line_that_its_search_space_is_narrower(films: Path, place: Path) -> None:
     search(films, place, ["search.trials=2"])
     said: list[str] = []
