@@ -73,6 +73,7 @@ class SearchBook:
     stopped: set[int] = field(default_factory=set[int])  # observed suggestions of which a trial was stopped early
     trials: dict[str, PlannedTrial] = field(default_factory=dict[str, PlannedTrial])
     _of_trial: dict[str, list[int]] = field(default_factory=dict[str, list[int]])  # a trial's suggestions
+    _invalid: set[int] = field(default_factory=set[int])  # suggestions of an earlier spec that this one does not allow
     _values: dict[int, dict[str, Reached | None]] = field(default_factory=dict[int, dict[str, Reached | None]])
     _lock: threading.RLock = field(default_factory=threading.RLock)  # Tune's thread suggests, the driver's observes
 
@@ -137,6 +138,8 @@ class SearchBook:
 
     def holds(self, suggestion: Suggestion) -> bool:
         """Whether the search could suggest these values today."""
+        if suggestion.number in self._invalid:
+            return False
         return all(self._could_be(key, value) for key, value in suggestion.values.items())
 
     def _could_be(self, key: str, value: Any) -> bool:
@@ -232,7 +235,12 @@ class SearchBook:
 
     def _admit(self, suggestion: Suggestion) -> None:
         self.suggestions.append(suggestion)
-        for trial in self._variant(suggestion.values):
+        try:
+            trials = self._variant(suggestion.values)
+        except ValidationError:
+            self._invalid.add(suggestion.number)
+            return
+        for trial in trials:
             self.trials[trial.trial_id] = trial
             self._of_trial.setdefault(trial.trial_id, []).append(suggestion.number)
 

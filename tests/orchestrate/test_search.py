@@ -246,6 +246,31 @@ def test_a_space_without_any_valid_experiment_is_refused_before_anything_starts(
     assert caught.value.where == "search.space"
 
 
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_suggestions_that_a_changed_spec_no_longer_allows_are_left_out(
+    algorithm: str, films: Path, tmp_path: Path
+) -> None:
+    root, key = open_storage(tmp_path), "training.warm_epochs"
+    before = {"space": {key: {"choice": [6]}}, "algorithm": algorithm, "trials": 2}
+    first = book_of(root, films, ["training.epochs=8"], **before)
+    while first.suggest() is not None:
+        pass
+    try_out(first, [90.0])  # of both
+    now = {**before, "space": {key: {"choice": [0, 1]}}, "trials": 4}
+    for suggested in (2, 0):
+        found = book_of(root, films, ["training.epochs=4"], **now)
+        assert "2 of" in (found.left_out() or "")
+        assert [found.planned(s) for s in found.suggestions[:2]] == [[], []]
+        more = [found.suggest() for _ in range(suggested)]
+        assert all(s is not None and found.holds(s) for s in more)
+        try_out(found, [50.0] * (len(found.trials) if suggested else 0))
+        assert found.suggest() is None
+        assert found.observed == {2: 50.0, 3: 50.0}
+        assert "best of 2" in found.verdict()
+    again = book_of(root, films, ["training.epochs=8"], **before)
+    assert {n: again.observed[n] for n in (0, 1)} == {0: 90.0, 1: 90.0}
+
+
 def test_values_stay_in_their_ranges(films: Path, tmp_path: Path) -> None:
     found = book(films, tmp_path, ["search.trials=40"])
     while found.suggest() is not None:
