@@ -29,6 +29,14 @@ Share = Annotated[int, Field(ge=0, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+    if not values:
+        raise ValueError("give at least one value")
+    if len(set(values)) != len(values):
+        raise ValueError(f"values must not repeat, got {list(values)}")
+    return values
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -104,6 +112,8 @@ class Search(_Strict):
     scheduler: Literal["asha", "none"] = "none"
     mixtures: tuple[Share, ...] = (50,)
 
+    _lists = field_validator("mixtures")(_distinct)
+
 
 class Experiment(_Strict):
     """A study: two sources, tasks, mixtures and seeds; the defaults are the paper's."""
@@ -127,14 +137,7 @@ class Experiment(_Strict):
     axes: dict[str, tuple[Json, ...]] = {}
     search: Search | None = None
 
-    @field_validator("mixtures", "seeds", "cohort_seeds")
-    @classmethod
-    def _distinct(cls, values: tuple[int, ...]) -> tuple[int, ...]:
-        if not values:
-            raise ValueError("give at least one value")
-        if len(set(values)) != len(values):
-            raise ValueError(f"values must not repeat, got {list(values)}")
-        return values
+    _lists = field_validator("mixtures", "seeds", "cohort_seeds")(_distinct)
 
     @field_validator("name")
     @classmethod

@@ -134,6 +134,14 @@ REFUSALS = {
         7, "search.space.training.weight_decay", "exactly one of", "",
     ),
     "a search over nothing": ("search: {trials: 2, space: {}}\n", 7, "search.space", "at least 1", ""),
+    "a search over no mixture": (
+        "search: {trials: 2, space: {training.epochs: {choice: [20]}}, mixtures: []}\n",
+        7, "search.mixtures", "at least one value", "",
+    ),
+    "a search over a mixture twice": (
+        "search: {trials: 2, space: {training.epochs: {choice: [20]}}, mixtures: [50, 50]}\n",
+        7, "search.mixtures", "must not repeat, got [50, 50]", "",
+    ),
     "a date where a name belongs": ("notes: 2024-01-01\n", 7, "notes", "", ""),
     "a search over a word": (
         "search: {trials: 2, space: {training.epochs: {choice: [20, a]}}}\n",
