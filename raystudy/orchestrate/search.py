@@ -102,6 +102,7 @@ class SearchBook:
                     remedy="give the experiment another name",
                 )
             self._admit(Suggestion(int(kept["number"]), dict(kept["values"])))
+        self._mark_stopped()
         for path in storage.list(f"{FOLDER}/observations"):
             kept = read_sealed(storage, path) or {}
             number = int(kept["number"])
@@ -115,6 +116,15 @@ class SearchBook:
                 self._observe_known(trial_id)
         if self.wants_more:
             self._draw()  # refused before anything starts
+
+    def _mark_stopped(self) -> None:
+        """Write the marks of stopped trials that a driver could not write any more: they are not trained again."""
+        halving = Halving(self.study.storage, self.experiment.training.epochs, self.trials)
+        halving.open()
+        for trial_id in halving.stopped.keys() & self.trials.keys():
+            directory = self.study.trial(trial_id)
+            if not directory.exists(STOPPED) and not directory.exists(RESULT):
+                write_sealed(directory, STOPPED, halving.stopped[trial_id], ())
 
     @property
     def wants_more(self) -> bool:
@@ -374,7 +384,7 @@ class Halving:
     epochs: int
     trials: Container[str]
     reached: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])  # rung -> trial -> value
-    stopped: dict[str, float] = field(default_factory=dict[str, float])
+    stopped: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # trial -> its mark
 
     @property
     def rungs(self) -> list[int]:
@@ -390,7 +400,8 @@ class Halving:
         for event in self.storage.read_events(f"{FOLDER}/rungs"):
             self.reached.setdefault(event["rung"], {})[event["trial"]] = event["value"]
             if not event["goes_on"]:
-                self.stopped[event["trial"]] = event["value"]
+                epoch = event.get("epoch", int(event["rung"].rsplit(" ", 1)[1]))  # an earlier raystudy noted no epoch
+                self.stopped[event["trial"]] = _mark(epoch, event["value"])
 
     def goes_on(self, trial_id: str, cell: str, epoch: int, value: float) -> bool:
         """Decide at an epoch, write the decision down, and return it; a trial is asked once per rung."""
@@ -404,12 +415,17 @@ class Halving:
             others[trial_id] = value
             ranked = sorted((v for t, v in others.items() if t in self.trials), reverse=True)
             stays = len(ranked) < ETA or value >= ranked[max(1, len(ranked) // ETA) - 1]
-            note = {"time": time.time(), "rung": name, "trial": trial_id, "value": value, "goes_on": stays}
-            self.storage.append_event(f"{FOLDER}/rungs", note)
+            note = {"rung": name, "trial": trial_id, "epoch": epoch, "value": value, "goes_on": stays}
+            self.storage.append_event(f"{FOLDER}/rungs", {"time": time.time(), **note})
             if not stays:
-                self.stopped[trial_id] = value
+                self.stopped[trial_id] = _mark(epoch, value)
                 return False
         return True
+
+
+def _mark(epoch: int, value: float) -> dict[str, Any]:
+    """Return stopped.json of a trial."""
+    return {"epoch": epoch, "value": value, "by": "the search"}
 
 
 def cell_of(trial: PlannedTrial) -> str:

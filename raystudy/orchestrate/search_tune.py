@@ -84,6 +84,5 @@ class HalvingScheduler(FIFOScheduler):
         value = float(result["val_accuracy"])
         if self.halving.goes_on(trial_id, cell_of(planned), int(result["epoch"]), value):
             return TrialScheduler.CONTINUE
-        mark = {"epoch": int(result["epoch"]), "value": value, "by": "the search"}
-        write_sealed(self.book.study.trial(trial_id), STOPPED, mark, ())
+        write_sealed(self.book.study.trial(trial_id), STOPPED, self.halving.stopped[trial_id], ())
         return TrialScheduler.STOP

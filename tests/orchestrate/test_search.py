@@ -1,6 +1,7 @@
 import math
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import STOPPED
 from raystudy.orchestrate.driver import Executor, run_study
+from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.progress import Silent
 from raystudy.orchestrate.search import Halving, SearchBook, Suggestion, search_experiment, value_of
 from raystudy.orchestrate.state import Outcome
 from raystudy.results import read_sealed, write_sealed
 from raystudy.storage import Storage, open_storage
-from raystudy.study import Study
+from raystudy.study import Study, read_mark
 from tests.orchestrate import tiny, works
 
 SPACE = {
@@ -389,9 +391,44 @@ def test_halving_lets_the_best_third_go_on_and_decides_the_same_when_it_is_read_
     assert halving.goes_on("e", "other", 1, 1.0)  # another mixture is another race
     again = Halving(storage, 9, trials)
     again.open()
-    assert (again.reached, again.stopped) == (halving.reached, {"c": 55.0})
+    mark = {"epoch": 1, "value": 55.0, "by": "the search"}
+    assert (again.reached, again.stopped) == (halving.reached, {"c": mark})
     assert not again.goes_on("c", "cell", 2, 99.0)
     assert again.goes_on("a", "cell", 2, 0.0)  # asked once a rung
+
+
+def test_a_trial_that_was_stopped_as_the_driver_died_gets_its_mark_and_is_not_trained(
+    films: Path, tmp_path: Path
+) -> None:
+    root, epochs = open_storage(tmp_path), ["training.epochs=9", "seeds=[0, 1, 2, 3, 4]"]
+    told = {"scheduler": "asha", "trials": 1}
+    found = book_of(root, films, epochs, **told)
+    found.suggest()
+    halving = Halving(found.study.storage, 9, found.trials)
+    trials = list(found.trials)
+    reached = [(3, 90.0), (3, 88.0), (4, 50.0), (5, 40.0), (3, 30.0)]
+    goes_on = [halving.goes_on(t, "cell", *now) for t, now in zip(trials, reached, strict=True)]
+    assert goes_on == [True, True, False, False, False]
+    finished = {"status": "finished", "tests": {}, "selected": {"val_accuracy": 60.0}}
+    found.study.trial(trials[4]).write_json("result.json", finished)  # ended before it was told
+    rung = {"rung": "cell epoch 3", "trial": trials[3], "value": 40.0, "goes_on": False}
+    notes = [e for e in found.study.storage.read_events("search/rungs") if e["trial"] != trials[3]]
+    found.study.storage.delete("search/rungs")
+    for note in [*notes, rung]:  # one as an earlier raystudy wrote it
+        found.study.storage.append_event("search/rungs", note)
+    again = book_of(root, films, epochs, **told)
+    marks = {t: read_mark(found.study.trial(t), STOPPED) for t in trials[2:4]}
+    assert [(m["epoch"], m["value"], m["by"]) for m in marks.values()] == [
+        (4, 50.0, "the search"),
+        (3, 40.0, "the search"),
+    ]
+    assert not found.study.trial(trials[4]).exists(STOPPED)
+    ledger = Ledger(found.study, replace(again.base, trials=tuple(again.trials.values())))
+    ledger.open()
+    assert [t.trial_id for t in ledger.missing_trials()] == trials[:2]
+    try_out(again, [70.0, 80.0])
+    assert again.observed == {0: 60.0}  # the mean of 70, 80, 50, 40 and 60
+    assert again.stopped == {0}
 
 
 def test_halving_compares_no_trial_with_those_of_an_earlier_spec(tmp_path: Path) -> None:
