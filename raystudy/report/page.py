@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -82,7 +84,8 @@ def write_report(study: Study) -> Written:
     ):
         if not table.empty:
             files[f"tables/{name}.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
-    sections = [_section(data, keys, verdict, files) for keys, verdict in data.verdicts]
+    slugs = _slugs([keys for keys, _ in data.verdicts])
+    sections = [_section(data, *arm, files, slug) for arm, slug in zip(data.verdicts, slugs, strict=True)]
     files["index.html"] = _page(data, sections).encode()
     for name, content in files.items():
         study.storage.write_bytes(f"report/{name}", content)
@@ -92,7 +95,21 @@ def write_report(study: Study) -> Written:
     return Written(page, tuple(s.sentence for s in sections), tuple(f"report/{name}" for name in files))
 
 
-def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files: dict[str, bytes]) -> _Section:
+def _slugs(arms: Sequence[dict[str, object]]) -> list[str]:
+    """Return what tells each arm's figures apart in their file names; an axis value may be a path."""
+    cohorts = len({arm["cohort_seed"] for arm in arms}) > 1
+    found: list[str] = []
+    for arm in arms:
+        text = "_".join([str(arm["task"]), *(str(v) for k, v in arm.items() if k.startswith("axis."))])
+        slug = "".join(c if c.isalnum() or c in "_." else "_" for c in text)
+        found.append(f"{slug}_cohort{arm['cohort_seed']}" if cohorts else slug)
+    sums = [hashlib.sha256(repr(sorted(arm.items())).encode()).hexdigest()[:8] for arm in arms]
+    return [slug if found.count(slug) == 1 else f"{slug}_{own}" for slug, own in zip(found, sums, strict=True)]
+
+
+def _section(
+    data: ReportData, keys: dict[str, object], verdict: Verdict, files: dict[str, bytes], slug: str
+) -> _Section:
     arm = tuple(keys.items())
     trials = [t for t in data.trials if t.arm == arm]
     chosen = {k: v for k, v in keys.items() if k != "study"}
@@ -100,8 +117,6 @@ def _section(data: ReportData, keys: dict[str, object], verdict: Verdict, files:
     cohort = f", cohort seed {keys['cohort_seed']}" if len({t.spec["cohort_seed"] for t in data.trials}) > 1 else ""
     title = f"{str(keys['task']).capitalize()}{f' ({extra})' if extra else ''}{cohort}"
     section = _Section(title, verdict.sentence, _tiles(data, chosen, verdict))
-    slug = "_".join([str(keys["task"]), *(str(v) for k, v in keys.items() if k.startswith("axis."))])
-    slug += f"_cohort{keys['cohort_seed']}" if cohort else ""
     sources = list(data.experiment["sources"])
     task = str(keys["task"])
 

@@ -20,6 +20,7 @@ from raystudy.errors import StudyError
 from raystudy.report.cohort_table import cohort_table
 from raystudy.report.page import Written, planted_truth, write_report
 from raystudy.results import write_sealed
+from raystudy.storage import Storage
 from raystudy.study import Study
 from tests.tiny_study import TinyStudy
 
@@ -101,6 +102,15 @@ def replan(study: Study, **changes: object) -> None:
     write_sealed(study.storage, "plan.json", plan | changes, ())
 
 
+def respecify(directory: Storage, **changes: object) -> None:
+    """Change what a finished trial was, in its spec and where its result repeats it."""
+    directory.write_json("spec.json", directory.read_json("spec.json") | changes)
+    result = directory.read_json("result.json")
+    files = list(result.pop("sha256"))
+    del result["checksum"]
+    write_sealed(directory, "result.json", result | {k: v for k, v in changes.items() if k in result}, files)
+
+
 def with_a_second_seed(study: Study) -> dict[str, str]:
     """Copy every trial as one of seed 1; return new id by old one."""
     plan, others = study.plan(), {t: t.replace("seed0", "seed1") for t in study.trial_ids()}
@@ -108,14 +118,24 @@ def with_a_second_seed(study: Study) -> dict[str, str]:
         source, target = study.trial(old), study.trial(new)
         for name in source.list():
             target.write_bytes(name, source.read_bytes(name))
-        target.write_json("spec.json", source.read_json("spec.json") | {"seed": 1, "trial_id": new})
-        result = source.read_json("result.json")
-        files = list(result.pop("sha256"))
-        del result["checksum"]
-        write_sealed(target, "result.json", result | {k: v for k, v in (("seed", 1),) if k in result}, files)
+        respecify(target, seed=1, trial_id=new)
     more = {key: plan[key] | {new: plan[key][old] for old, new in others.items()} for key in ("explain", "rows")}
     replan(study, trials=[*others, *others.values()], **more)
     return others
+
+
+def test_figures_of_axis_values_that_are_paths_have_names_of_their_own(study: Study) -> None:
+    """The copies of seed 1 become another arm; but for the hyphen, both values are spelt alike in a file name."""
+    others = with_a_second_seed(study)
+    for ids, value in ((others, "../../w.safetensors"), (others.values(), "../..-w.safetensors")):
+        for trial_id in ids:
+            respecify(study.trial(trial_id), seed=0, axes={"model.weights": value})
+    written = write_report(study)
+    assert len(written.sentences) == 2
+    names = [n for n in written.files if n.startswith("report/figures/accuracy_") and n.endswith(".png")]
+    assert len(names) == 2
+    assert all(n.startswith("report/figures/accuracy_pneumonia_.._.._w.safetensors_") for n in names)
+    assert set(study.storage.list("report")) == set(written.files)
 
 
 def test_every_interval_says_how_many_training_runs_it_covers(study: Study) -> None:
