@@ -22,7 +22,7 @@ from raystudy.orchestrate.assignment import Work, clear_stop
 from raystudy.orchestrate.changes import describe_changes
 from raystudy.orchestrate.cluster import run_on_ray
 from raystudy.orchestrate.films import Films, plan_readable, prepare_films
-from raystudy.orchestrate.initial_weights import check_initial_weights
+from raystudy.orchestrate.initial_weights import check_initial_weights, searched_models
 from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.local_paths import refuse_local_paths
 from raystudy.orchestrate.phantoms import write_phantom_originals
@@ -169,7 +169,9 @@ def run_study(
         unexplained = ledger.missing_explanations(only_failed) if work is None else []
         todo = Todo(missing, unexplained, more, films=not ledger.films_known())
         fresh = [t for t in missing if not any(n.startswith("checkpoint/") for n in ledger.files(t))]
-        beginning = [t.spec.model for t in [*fresh, *(plan.trials if more else ())]]
+        beginning = [t.spec.model for t in fresh]
+        if book is not None and more:
+            beginning += searched_models((t.spec.model for t in plan.trials), book.settings)
         check_initial_weights(beginning, local=not (address or os.environ.get("RAY_ADDRESS")))
         for line in describe_changes(ledger, missing):
             shown.say(line)

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 
+from raystudy.config import Search
 from raystudy.protopnet.settings import ModelSettings
+
+FITTING = ("weights", "backbone", "backbone_layers")  # of the model: what initial weights must be there for
+
+
+def searched_models(models: Iterable[ModelSettings], search: Search) -> list[ModelSettings]:
+    """Return the networks that a search can suggest, as far as their initial weights go.
+
+    Parameters
+    ----------
+    models : those without searched values.
+    """
+    ranges = {name: search.space[f"model.{name}"] for name in FITTING if f"model.{name}" in search.space}
+    choices = {name: found.choice for name, found in ranges.items() if found.choice is not None}
+    values = [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
+    return [replace(model, **chosen) for model in dict.fromkeys(models) for chosen in values]
 
 
 def check_initial_weights(models: Iterable[ModelSettings], *, local: bool) -> None:

@@ -22,12 +22,23 @@ def refuse_local_paths(experiment: Experiment, where: str) -> None:
     places: dict[str, str] = {"storage": tree["storage"]}
     for name, source in tree["sources"].items():
         places |= {f"sources.{name}.{key}": source[key] for key in ("root", "images") if source.get(key)}
-    if experiment.model.weights not in ("none", "imagenet"):
-        places["model.weights"] = experiment.model.weights
     for key, value in places.items():
-        if open_storage(value).is_local:
-            raise StudyError(
-                f"{key} is the local path {value!r}, which the cluster's machines do not see",
-                where=where,
-                remedy=f"put it on object storage and name it: --set {key}=s3://bucket/path",
-            )
+        remedy = f"put it on object storage and name it: --set {key}=s3://bucket/path"
+        _refuse_local(key, value, where, remedy)
+    searched = (tree["search"] or {"space": {}})["space"].get("model.weights", {})
+    weights = {
+        "model.weights": [tree["model"]["weights"]],
+        "axes.model.weights": tree["axes"].get("model.weights", []),
+        "search.space.model.weights": searched.get("choice") or [],
+    }
+    for key, values in weights.items():
+        for value in values:
+            if value not in ("none", "imagenet"):
+                _refuse_local(key, value, where, "use `imagenet` or `none`: a weights file is for Ray on this machine")
+
+
+def _refuse_local(key: str, value: str, where: str, remedy: str) -> None:
+    if open_storage(value).is_local:
+        raise StudyError(
+            f"{key} is the local path {value!r}, which the cluster's machines do not see", where=where, remedy=remedy
+        )

@@ -89,6 +89,25 @@ def test_a_local_path_is_one_however_it_is_written(key: str, scheme: str, tmp_pa
     assert refusal.value.remedy == f"put it on object storage and name it: --set {key}=s3://bucket/path"
 
 
+def test_a_local_weights_file_is_one_wherever_it_is_asked_for(tmp_path: Path) -> None:
+    nih, chexpert = ({"kind": kind, "root": f"s3://bucket/{kind}"} for kind in ("nih", "chexpert"))
+    for weights in ("none", "imagenet", "../w.safetensors", str(tmp_path / "w.safetensors")):
+        both = ["none", weights] if weights != "none" else [weights]
+        asked = {
+            "model.weights": {"model": {"weights": weights}},
+            "axes.model.weights": {"axes": {"model.weights": both}},
+            "search.space.model.weights": {"search": {"space": {"model.weights": {"choice": both}}, "trials": 2}},
+        }
+        for key, more in asked.items():
+            two = {"H1": nih, "H2": chexpert}
+            experiment = tiny.experiment(tmp_path, "s3://bucket/studies", sources=two, **more)
+            if weights in ("none", "imagenet"):
+                refuse_local_paths(experiment, "the cluster")
+                continue
+            with pytest.raises(StudyError, match=f"{key} is the local path '{weights}'"):
+                refuse_local_paths(experiment, "the cluster")
+
+
 def test_a_run_on_a_cluster_elsewhere_refuses_local_paths_before_it_does_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
