@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
+from aiohttp import ClientError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import raystudy
@@ -42,7 +43,7 @@ def submit(
     Raises
     ------
     StudyError : address, token or version; local paths that a remote cluster would not see; a study of a newer
-        raystudy.
+        raystudy; a connection that was lost while the log was followed.
     """
     check_ray_version(installed_ray(), "this machine")
     here = check_dashboard(address).here
@@ -75,8 +76,19 @@ def submit(
     except KeyboardInterrupt:
         print(f"no longer followed; {job} goes on and holds the study\n{hints}", file=sys.stderr)
         return INTERRUPTED
+    except (RuntimeError, ClientError, OSError) as error:  # of Ray's client, of the socket below it, of requests
+        reason = _first_line(error)
+        raise StudyError(
+            f"the connection is lost ({reason}); {job} goes on and holds the study, unless its head is down",
+            where=address,
+            remedy=f"look when the cluster answers again\n{hints}",
+        ) from None
     print(f"{job}: {details.status.value}")
     return 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code or 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _entrypoint(here: bool, *, only_failed: bool, take_over: bool) -> str:

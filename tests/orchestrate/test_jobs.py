@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
+from ray.job_submission import JobSubmissionClient
 
 from raystudy.config import Resources, load_experiment
 from raystudy.errors import StudyError
 from raystudy.orchestrate import driver, jobs
 from raystudy.orchestrate.cluster import placement_of
+from raystudy.orchestrate.dashboard import Dashboard
 from raystudy.orchestrate.local_paths import refuse_local_paths
 from raystudy.orchestrate.session import Session
 from raystudy.study import Study
@@ -141,6 +148,55 @@ def test_a_newer_study_is_refused_before_a_job_is_made(space: Space, long_study:
     done = space.raystudy("submit", long_study, "--address", HERE, "--set", "name=newer")
     assert (done.returncode, "newer raystudy" in done.stderr) == (2, True), done.stderr
     assert job_names(space) == before
+
+
+class LostDashboard(BaseHTTPRequestHandler):
+    """Tells its version, and goes away when a job's log (RFC 6455: one text frame, in the end a close) is followed."""
+
+    lost = ""
+
+    def do_GET(self) -> None:
+        self.close_connection = True
+        if self.path.startswith("/api/version"):
+            self.send_response(200)
+            self.end_headers()
+            names = {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""}
+            self.wfile.write(json.dumps(names).encode())
+        elif self.path.endswith("/logs/tail") and self.lost != "before the log":
+            key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+            self.send_response(101)
+            for name in ("Upgrade: websocket", "Connection: Upgrade"):
+                self.send_header(*name.split(": "))
+            self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+            self.end_headers()
+            self.wfile.write(b"\x81\x09it trains")
+            if self.lost == "after the log":
+                self.wfile.write(b"\x88\x02\x03\xe8")  # 1000: a normal end
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.filterwarnings("ignore:ssl=None is deprecated")  # Ray's client
+@pytest.mark.parametrize("lost", ["before the log", "in the log", "after the log"])
+def test_a_connection_that_is_lost_while_a_job_is_followed_is_told_with_the_ways_to_see_it(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LostDashboard, "lost", lost)
+    monkeypatch.setattr(jobs, "check_dashboard", lambda _: Dashboard(ray.__version__, asks=True, here=True))
+    monkeypatch.setattr(JobSubmissionClient, "submit_job", lambda _, **job: job["submission_id"])
+    with ThreadingHTTPServer(("127.0.0.1", 0), LostDashboard) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(StudyError, match="the connection is lost") as refusal:
+            jobs.submit(tiny.experiment(tmp_path, tmp_path / "studies"), address)
+        server.shutdown()
+    said = capsys.readouterr().out
+    (job,) = re.findall(r"submitted (raystudy-tiny-[\w-]+)", said)
+    assert said.endswith("it trains") is (lost != "before the log")
+    log = f"ray job logs {job} --follow --address {address}"
+    for words in (f"{job} goes on and holds the study", "raystudy status", log):
+        assert words in str(refusal.value)
 
 
 FOLLOWER = """
