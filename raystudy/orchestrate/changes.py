@@ -6,7 +6,7 @@ not asked for any more.  A first run has nothing to tell.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -68,9 +68,20 @@ def _changed(pairs: list[tuple[Spec, Spec]], data: dict[str, tuple[str, str]]) -
     for key, values in found.items():
         told = _WORDS.get(key) or f"{key}: {_listed([f'{before} → {after}' for before, after in values])}"
         lines.append(f"  {told}  ({_trials(numbers[key])})")
-    if ROWS in found or not all(_differences(old, new) for old, new in pairs):
+    same = [new for old, new in pairs if not _differences(old, new)]
+    if ROWS in found or same:
         lines += [f"  {key}: {before} → {after}" for key, (before, after) in data.items() if key not in found]
+    if same and not any(key.startswith("images.") for key in data):  # whose rows are the same, too
+        lines += [f"  {told}  ({_trials(n)})" for told, n in Counter(map(_unnamed, same)).items()]
     return lines
+
+
+def _unnamed(spec: Spec) -> str:
+    """Say what identifies a trial beside its spec and the decode settings: the bytes of its weights file."""
+    weights = spec["model"]["weights"]
+    if weights in ("none", "imagenet"):
+        return "something that the earlier files do not tell"
+    return f"model.weights: what {weights} holds"
 
 
 def _data_changes(ledger: Ledger) -> dict[str, tuple[str, str]]:

@@ -58,6 +58,28 @@ def test_a_decode_setting_that_no_spec_names_is_told(films: Path, tmp_path: Path
     ]
 
 
+def test_a_weights_file_with_another_content_is_named(films: Path, tmp_path: Path) -> None:
+    """Of two files that an axis names one is written anew."""
+    kept, changed = (tmp_path / f"{name}.safetensors" for name in ("kept", "changed"))
+    axes = f"axes={{model.weights: [none, {kept}, {changed}]}}"
+    for file in (kept, changed):
+        file.write_bytes(b"weights")
+    plan_again(films, tmp_path, axes)
+    changed.write_bytes(b"others")
+    told = ["3 trials run anew and the earlier ones are kept, because these changed:"]
+    told.append(f"  model.weights: what {changed} holds  (3 trials)")
+    assert plan_again(films, tmp_path, axes) == told
+
+
+def test_a_change_that_no_file_shows_is_told_as_one(films: Path, tmp_path: Path) -> None:
+    """As of a decode setting whose earlier value the torn experiment file no longer tells."""
+    plan_again(films, tmp_path)
+    (tmp_path / "tiny" / "experiment.yaml").write_text("a: [")
+    assert plan_again(films, tmp_path, "images.resize=letterbox")[1:] == [
+        "  something that the earlier files do not tell  (3 trials)"
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
