@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from raystudy.config import Experiment
 from raystudy.errors import StudyError
@@ -45,7 +46,7 @@ def examine(experiment: Experiment | None, address: str | None) -> int:
     console, wrong = Console(highlight=False), 0
     for name, check in checks:
         try:
-            console.print(f"[green]ok[/green]    {name}: {check()}", markup=True, soft_wrap=True)
+            console.print(f"[green]ok[/green]    {name}: {escape(check())}", markup=True, soft_wrap=True)
         except StudyError as error:
             wrong += 1
             console.print(f"[red]wrong[/red] {name}: ", end="", markup=True)

@@ -184,9 +184,11 @@ def test_a_database_of_an_mlflow_that_is_not_known_is_refused(
 
 def test_a_sound_machine_is_not_found_wrong(tmp_path: Path) -> None:
     file = tiny.experiment_file(tmp_path, tmp_path / "studies")
-    (answer,) = ask([Command(["doctor", str(file)])])
-    assert answer.code == 0, answer
-    assert answer.said.count("ok ") == 6
+    odd = str(tmp_path / "x[" / "red]")  # as the markup of rich is written
+    for answer in ask([Command(["doctor", str(file)]), Command(["doctor", str(file), "--storage", odd])]):
+        assert answer.code == 0, answer
+        assert answer.said.count("ok ") == 6
+    assert f"{odd} can be written and read" in answer.said
 
 
 def test_repairing_the_mirror_refuses_an_old_server_too(old_mlflow: str, tmp_path: Path) -> None:
