@@ -23,13 +23,15 @@ from obstore.exceptions import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from obstore.store import S3Store
+from obstore.store import HTTPStore, S3Store
 
 from raystudy.errors import StudyError
 from raystudy.object_stores import FileStamp
 
 T = TypeVar("T")
 SINGLE_PUT_BYTES = 64 * 1024 * 1024
+SERVER = re.compile(r"https?://([\w-]{1,63}(\.[\w-]{1,63})*\.?|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./~-]*)?", re.ASCII)
+REGION = re.compile(r"[\w.-]{1,63}", re.ASCII)
 
 _opened_by: dict[str, int] = {}  # obstore's threads do not survive a fork: the child would wait for ever
 
@@ -39,6 +41,7 @@ class S3Bucket:
 
     def __init__(self, bucket: str, prefix: str, retry_seconds: float) -> None:
         self.bucket, self.prefix, self.retry_seconds = bucket, prefix, retry_seconds
+        _check_environment(self._uri(""))
         self.endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         self.region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         if self.endpoint and not os.environ.get("AWS_ACCESS_KEY_ID"):
@@ -191,6 +194,40 @@ class S3Bucket:
             what = f"no answer from {server} within {self.retry_seconds:.0f} s"
             remedy = "start the server or correct AWS_ENDPOINT_URL; nothing is lost, run the same command again"
         return StudyError(what, where=self._uri(key), remedy=remedy)
+
+
+def _check_environment(where: str) -> None:
+    """Refuse what no request can be made of: obstore would panic, which is no Exception.
+
+    Raises
+    ------
+    StudyError : names the variable; its value only where it holds no secret.
+    """
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):  # obstore reads the last one by itself
+        server = os.environ.get(name)
+        if server and not _is_server(server):
+            shown = "" if "@" in server or "?" in server else f" {server!r}"
+            remedy = f"{name}=http://HOST:PORT or https://HOST, without a name and a password"
+            raise StudyError(f"{name}{shown} is no address of a server", where=where, remedy=remedy)
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        region = os.environ.get(name)
+        if region and not REGION.fullmatch(region):
+            remedy = f"{name}=us-east-1, or what the server calls its region"
+            raise StudyError(f"{name} {region!r} is no name of a region", where=where, remedy=remedy)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"):
+        if any(ord(c) < 32 or ord(c) == 127 for c in os.environ.get(name, "")):
+            raise StudyError(
+                f"{name} holds a line break or another control character",
+                where=where,
+                remedy=f"set {name} again without it; it often comes along when a file is copied",
+            )
+
+
+def _is_server(server: str) -> bool:
+    try:
+        return bool(SERVER.fullmatch(server)) and bool(HTTPStore(server))  # it parses as the requests do, and says so
+    except ValueError:
+        return False
 
 
 def _folders(keys: Iterable[str]) -> set[str]:

@@ -85,6 +85,48 @@ def test_a_server_that_is_not_there_is_named_in_time(monkeypatch: pytest.MonkeyP
     assert 1 < time.monotonic() - started < 20
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("AWS_ENDPOINT_URL", server) for server in (
+        "localhost:9000", "nonsense", "http://", "http:/127.0.0.1", "ftp://127.0.0.1", "http://[::1", "http://[zz]:9",
+        "http://é..é", "http://a..b", f"http://{'a' * 64}", "http://a b", "http://127.0.0.1:port", "http://h:99999",
+        "http://1.2.3.400", "http://xn--zz--", "http://127.0.0.1:9\n",
+    )]
+    + [("AWS_ENDPOINT_URL_S3", "nonsense"), ("AWS_ENDPOINT", "nonsense"), ("AWS_REGION", "us-east-1\n")]
+    + [("AWS_REGION", "é"), ("AWS_DEFAULT_REGION", "us east"), ("AWS_SESSION_TOKEN", "a\nb")],
+)  # fmt: skip
+def test_an_environment_of_which_no_request_can_be_made_is_named(
+    name: str, value: str, s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StudyError, match=f"{name} ") as refusal:
+        open_storage("s3://bucket/x", retry_seconds=0).list()
+    assert name in str(refusal.value.remedy)
+
+
+def test_a_secret_in_the_environment_is_not_repeated(s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("AWS_ACCESS_KEY_ID", "hidden\n"), ("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:9")):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(StudyError, match=name) as refusal:
+            open_storage("s3://bucket/x", retry_seconds=1).list()
+        assert "hidden" not in str(refusal.value)
+        monkeypatch.setenv(name, s3_environment.environment()[name])
+
+
+def test_every_form_of_a_servers_address_is_asked(s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for server in (
+        "http://localhost:9",
+        "http://127.0.0.1:9/",
+        "http://[::1]:9",
+        "http://s3_a.b-c.:9/x/y",
+        "https://127.0.0.1:9",
+    ):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+        with pytest.raises(StudyError, match="no answer from"):
+            open_storage("s3://bucket/x", retry_seconds=0).list()
+
+
 def test_marks_of_folders_are_no_files_and_a_key_that_is_no_path_is_named(
     monkeypatch: pytest.MonkeyPatch, s3_environment: S3Server
 ) -> None:

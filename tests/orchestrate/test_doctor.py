@@ -31,6 +31,7 @@ OLD_RAY = "2.40.0"
 WORDS = {
     "wrong address": "nobody answers",
     "storage away": "no answer from http://127.0.0.1:",
+    "storage's address": "AWS_ENDPOINT_URL 'localhost:9000' is no address of a server",
     "storage is a file": "storage",
     "newer study": "was written by a newer raystudy",
     "older Ray": f"Ray {OLD_RAY} does not fit",
@@ -39,6 +40,7 @@ WORDS = {
 VERBS = {
     "wrong address": ("run", "prepare", "submit", "doctor"),
     "storage away": ("run", "prepare", "doctor", *READERS),
+    "storage's address": ("run", "prepare", "doctor", *READERS),
     "storage is a file": ("run", "plan", "prepare", "doctor", *READERS),
     "newer study": ("run", "plan", "prepare", "doctor", *READERS),
     "older Ray": ("run", "prepare", "submit", "doctor"),
@@ -64,9 +66,10 @@ class Places:
             typed += ["--address", f"http://{NOWHERE}"]
         elif wrong == "wrong address":
             typed += ["--address", NOWHERE]
-        elif wrong == "storage away":
+        elif wrong in ("storage away", "storage's address"):
             typed += ["--storage", "s3://bucket/studies"]
-            environment |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}", "AWS_REGION": "us-east-1"}
+            server = f"http://127.0.0.1:{free_port()}" if wrong == "storage away" else "localhost:9000"
+            environment |= {"AWS_ENDPOINT_URL": server, "AWS_REGION": "us-east-1"}
             environment |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
         elif wrong == "storage is a file":
             typed += ["--storage", str(folder / "table.csv")]
