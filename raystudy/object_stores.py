@@ -206,7 +206,7 @@ class ArrowFolder:
 
     def write(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        with self._refusals(key):
+        with self._refusals(key, writing=True):
             self.file_system.create_dir(path.rsplit("/", 1)[0], recursive=True)
             with self.file_system.open_output_stream(path) as file:
                 file.write(data)
@@ -251,12 +251,12 @@ class ArrowFolder:
         return "/".join(part for part in (self.root, key) if part)
 
     @contextlib.contextmanager
-    def _refusals(self, key: str) -> Iterator[None]:
+    def _refusals(self, key: str, *, writing: bool = False) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not writing:
+                raise
             raise StudyError(
                 f"the storage does not answer as it should: {str(error)[:300]}",
                 where=f"{self.uri}/{key}",

@@ -80,7 +80,7 @@ class S3Bucket:
         return self._ask(key, get)
 
     def write(self, key: str, data: bytes) -> None:
-        self._ask(key, lambda path: self._put(path, data, "overwrite"))
+        self._ask(key, lambda path: self._put(path, data, "overwrite"), writing=True)
 
     def create(self, key: str, data: bytes) -> None:
         tries = 0
@@ -95,7 +95,7 @@ class S3Bucket:
                 if tries == 1 or bytes(obstore.get(self.store, path).bytes()) != data:
                     raise
 
-        self._ask(key, put)
+        self._ask(key, put, writing=True)
 
     def exists(self, key: str) -> bool:
         try:
@@ -118,12 +118,13 @@ class S3Bucket:
         }
 
     def delete(self, key: str) -> None:
-        self._ask(key, lambda path: obstore.delete(self.store, path))
+        self._ask(key, lambda path: obstore.delete(self.store, path), writing=True)
 
     def delete_tree(self, prefix: str) -> None:
         keys = [self._path(key) for key in self.list(prefix)]
         for start in range(0, len(keys), 1000):
-            self._ask(prefix, lambda _, part=keys[start : start + 1000]: obstore.delete(self.store, part))
+            part = keys[start : start + 1000]
+            self._ask(prefix, lambda _, part=part: obstore.delete(self.store, part), writing=True)
 
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         options: dict[str, object] = {}
@@ -143,8 +144,13 @@ class S3Bucket:
         large = len(data) > SINGLE_PUT_BYTES and mode == "overwrite"
         obstore.put(self.store, path, data, mode=mode, use_multipart=large)  # pyright: ignore[reportArgumentType]
 
-    def _ask(self, key: str, request: Callable[[str], T]) -> T:
-        """Send one request; repeat it while the server is away, at most ``retry_seconds``."""
+    def _ask(self, key: str, request: Callable[[str], T], *, writing: bool = False) -> T:
+        """Send one request; repeat it while the server is away, at most ``retry_seconds``.
+
+        Parameters
+        ----------
+        writing : it needs no object: "not found" then is said by no object storage, or of its bucket.
+        """
         if _opened_by.setdefault("pid", os.getpid()) != os.getpid():
             raise RuntimeError("object storage was opened before this process was forked; start processes with spawn")
         path, pause, deadline = self._path(key), 0.1, time.monotonic() + self.retry_seconds
@@ -154,7 +160,7 @@ class S3Bucket:
             except AlreadyExistsError as error:
                 raise FileExistsError(self._uri(key)) from error
             except FileNotFoundError as error:
-                if "NoSuchBucket" in str(error):
+                if writing or "NoSuchBucket" in str(error):
                     raise self._refusal(key, str(error)) from None
                 raise FileNotFoundError(self._uri(key)) from None
             except BaseError as error:

@@ -186,7 +186,16 @@ class Storage:
         quick = Storage(self.uri, min(self.retry_seconds, 10.0))
         probe = f".raystudy-probe-{os.getpid()}-{os.urandom(4).hex()}"
         quick.write_bytes(probe, b"probe")
-        quick.read_bytes(probe)
+        try:
+            kept = quick.read_bytes(probe) == b"probe"
+        except FileNotFoundError:
+            kept = False
+        if not kept:
+            raise StudyError(
+                "the storage does not keep what is written",
+                where=quick.address(probe),
+                remedy="name a local folder or a server of object storage (AWS_ENDPOINT_URL); this is none",
+            )
         quick.delete(probe)
 
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:

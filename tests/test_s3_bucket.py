@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
@@ -125,6 +127,56 @@ def test_every_form_of_a_servers_address_is_asked(s3_environment: S3Server, monk
         monkeypatch.setenv("AWS_ENDPOINT_URL", server)
         with pytest.raises(StudyError, match="no answer from"):
             open_storage("s3://bucket/x", retry_seconds=0).list()
+
+
+class WebServer(BaseHTTPRequestHandler):
+    """Is no object storage: it knows none of the pages, or (``forgets``) takes what is sent and keeps nothing."""
+
+    forgets = False
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(200 if self.forgets and self.command == "PUT" else 404)
+        for name, value in (("Content-Length", "0"), ("ETag", "1")):
+            self.send_header(name, value)
+        self.end_headers()
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def web_server(s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), WebServer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        yield
+        server.shutdown()
+
+
+def test_a_write_that_finds_nothing_is_no_missing_file(web_server: None) -> None:
+    storage = open_storage("s3://bucket/x", retry_seconds=0)
+    for act in (
+        storage.check_writable,
+        lambda: storage.write_bytes("a", b"1"),
+        lambda: storage.create_exclusive("a", b"1"),
+        lambda: storage.delete("a"),
+    ):
+        with pytest.raises(StudyError, match=r"refuses the request \(404\)") as refusal:
+            act()
+        assert "AWS_ENDPOINT_URL" in str(refusal.value.remedy)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("a")
+
+
+def test_a_server_that_keeps_nothing_is_found_out_by_the_probe(
+    web_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WebServer, "forgets", True)
+    with pytest.raises(StudyError, match="does not keep what is written"):
+        open_storage("s3://bucket/x", retry_seconds=0).check_writable()
 
 
 def test_marks_of_folders_are_no_files_and_a_key_that_is_no_path_is_named(

@@ -337,6 +337,15 @@ def test_another_file_system_of_pyarrow_reads_and_writes_but_does_not_lock(tmp_p
     assert list(folder.list("")) == []
 
 
+def test_a_write_that_another_file_system_finds_no_place_for_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "nowhere" / "a")
+    folder = ArrowFolder(pyarrow.fs.LocalFileSystem(), str(tmp_path), "local://folder")
+    with pytest.raises(StudyError, match="local://folder/a: the storage does not answer as it should"):
+        folder.write("a", b"1")
+    with pytest.raises(FileNotFoundError):
+        folder.read("a")
+
+
 def test_a_folder_beside_the_current_one_is_named_without_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "beside").mkdir()
