@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import alembic.util
 import requests
@@ -16,6 +16,7 @@ import sqlalchemy
 import sqlalchemy.exc
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from urllib3.exceptions import LocationParseError
 
 from raystudy.errors import StudyError
 
@@ -23,9 +24,14 @@ OLDEST, FIRST_UNKNOWN = (3, 1), (4, 0)  # versions of MLflow whose interface ray
 
 
 def check_server(uri: str, *, must_answer: bool = True) -> None:
-    """Refuse an MLflow whose version this raystudy does not speak, or (``must_answer``) that does not answer."""
+    """Refuse an MLflow whose version this raystudy does not speak, or (``must_answer``) that does not answer.
+
+    Raises
+    ------
+    StudyError : also an address that is none, whether it must answer or not.
+    """
     check_library()
-    if urlsplit(uri).scheme in ("http", "https"):
+    if uri.startswith(("http://", "https://")):
         for version in _server_version(uri, must_answer):
             _check_version("server", version, uri)
     else:
@@ -53,6 +59,10 @@ def _server_version(uri: str, must_answer: bool) -> list[str]:
     try:
         answer = requests.get(f"{uri.rstrip('/')}/version", timeout=10 if must_answer else 2)
         answer.raise_for_status()
+    except (requests.exceptions.InvalidURL, LocationParseError):  # the latter is no RequestException
+        raise StudyError(
+            "this is no address of an MLflow server", where=uri, remedy="for example http://127.0.0.1:5000"
+        ) from None
     except requests.RequestException as error:
         if not must_answer:
             return []
@@ -69,6 +79,14 @@ def _check_database(uri: str, must_answer: bool) -> None:
 
     MLflow itself brings an older database up to date only where a table is missing.
     """
+    try:
+        sqlalchemy.make_url(uri)
+    except (ValueError, sqlalchemy.exc.ArgumentError):  # the former of a port that is none
+        raise StudyError(
+            "this is no address of a database",
+            where="tracking.uri",
+            remedy="for example sqlite:///mlflow.db or postgresql://USER@HOST:5432/DATABASE",
+        ) from None
     try:
         revision, tables = _tables(uri) if must_answer or uri.startswith("sqlite") else (None, set[str]())
     except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError) as error:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import requests
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
+from urllib3.exceptions import LocationParseError
 
 from raystudy.errors import StudyError
 from raystudy.orchestrate.access import (
@@ -75,7 +76,11 @@ def _host(address: str) -> str:
             return parts.hostname
     except ValueError:  # brackets or a port that are none
         pass
-    raise StudyError(
+    raise _no_address(address)
+
+
+def _no_address(address: str) -> StudyError:
+    return StudyError(
         f"{address!r} is no dashboard address", where="--address", remedy="for example http://10.0.0.5:8265"
     )
 
@@ -96,6 +101,8 @@ def _is_here(address: str) -> bool:
 def _get(url: str, address: str, headers: dict[str, str]) -> requests.Response:
     try:
         return requests.get(url, headers=headers, timeout=10)
+    except (requests.exceptions.InvalidURL, LocationParseError):  # the latter is no RequestException
+        raise _no_address(address) from None
     except requests.RequestException as error:
         reason = str(error).splitlines()[0][:200]
         raise StudyError(

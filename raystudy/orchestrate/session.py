@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -223,9 +224,17 @@ def _host_and_port(address: str) -> tuple[str, int]:
             "Ray Client is not supported", where=address, remedy="--address HEAD:6379, or `raystudy submit`"
         )
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not _is_host(host) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise StudyError(f"{address!r} is no address", where="--address", remedy="HOST:PORT, for example 10.0.0.5:6379")
     return host.strip("[]"), int(port)
+
+
+def _is_host(host: str) -> bool:
+    """Whether a host can be looked up: no part of its name is empty or longer than 63 characters."""
+    try:
+        return bool(host.encode("idna"))  # as Python's sockets do
+    except UnicodeError:
+        return False
 
 
 def _uses_tls() -> bool:

@@ -134,7 +134,11 @@ class OpenDashboard(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.mark.parametrize("address", ["http://[::1", "http://127.0.0.1:99999", "ftp://127.0.0.1", "http://"])
+@pytest.mark.parametrize(
+    "address",
+    ["http://[::1", "http://127.0.0.1:99999", "ftp://127.0.0.1", "http://", f"http://{'a' * 70}:1", "http://a..b:1",
+     "http://*:1"],
+)  # fmt: skip
 def test_what_is_no_dashboard_address_is_refused_as_such(address: str) -> None:
     with pytest.raises(StudyError, match="no dashboard address"):
         check_dashboard(address)
@@ -166,6 +170,20 @@ def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "new.db").exists()
 
 
+@pytest.mark.parametrize("must_answer", [True, False])
+@pytest.mark.parametrize(
+    ("uri", "kind"),
+    [("http://é..é", "an MLflow server"), (f"http://{'a' * 64}:5000", "an MLflow server"),
+     ("http://127.0.0.1:port", "an MLflow server"), ("postgresql://u@h:port/d", "a database")],
+)  # fmt: skip
+def test_what_is_no_address_of_mlflow_is_refused_although_a_server_may_be_away(
+    uri: str, kind: str, must_answer: bool
+) -> None:
+    with pytest.raises(StudyError, match=f"this is no address of {kind}") as refusal:
+        check_server(uri, must_answer=must_answer)
+    assert refusal.value.remedy
+
+
 @pytest.mark.parametrize(
     ("revision", "known"), [("ffffffffffff", False), ("dc11669786a5", True), ("451aebb31d03", True), (None, True)]
 )
@@ -192,6 +210,14 @@ def test_a_sound_machine_is_not_found_wrong(tmp_path: Path) -> None:
         assert answer.code == 0, answer
         assert answer.said.count("ok ") == 6
     assert f"{odd} can be written and read" in answer.said
+
+
+def test_two_addresses_that_are_none_do_not_end_the_other_checks(tmp_path: Path) -> None:
+    file = tiny.experiment_file(tmp_path, tmp_path / "studies")
+    mlflow = ["--set", "tracking.enabled=true", "--set", "tracking.uri=http://a..b"]
+    (answer,) = ask([Command(["doctor", str(file), *mlflow, "--address", "host..name:6379"])])
+    assert refused(answer, "wrong MLflow: ", "wrong cluster: "), answer
+    assert answer.said.count("ok ") == 5
 
 
 def test_repairing_the_mirror_refuses_an_old_server_too(old_mlflow: str, tmp_path: Path) -> None:

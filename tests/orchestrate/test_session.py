@@ -33,6 +33,10 @@ from raystudy.study import Study
         ("ray://127.0.0.1:10001", "Ray Client is not supported"),
         ("localhost", "is no address"),
         ("localhost:99999", "is no address"),
+        ("127.0.0.1:²", "is no address"),
+        (f"127.0.0.1:{'1' * 5000}", "is no address"),
+        ("host..name:6379", "is no address"),
+        (f"{'a' * 64}:6379", "is no address"),
     ],
 )
 def test_an_address_that_cannot_be_used_is_refused_with_its_remedy(address: str, message: str) -> None:
@@ -94,6 +98,11 @@ def test_auto_names_a_ray_that_runs_here_or_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
     assert head_of(None) == head_of("auto") == "10.0.0.5:6379"
     assert head_of("local") is None
+
+
+def test_a_host_whose_name_is_none_is_refused_before_it_is_looked_up() -> None:
+    with pytest.raises(StudyError, match="is no address"):
+        is_elsewhere("host..name:6379")
 
 
 def test_a_head_is_elsewhere_unless_its_address_is_this_machines() -> None:
