@@ -43,18 +43,15 @@ def check_dashboard(address: str) -> Dashboard:
     """
     host = _host(address)
     url = f"{address.rstrip('/')}/api/version"
-    bare = _get(url, address, {})
-    if bare.status_code == requests.codes.ok:
-        refuse_open(host, address)
-        answer = bare
-    else:
+    answer = _get(url, address, {})
+    asks = _refuses_us(answer)
+    if asks:  # nobody else is told the token
         own = token()
         if own is None:
             raise missing_token(address)
         answer = _get(url, address, {"Authorization": f"Bearer {own}"})
-        if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
+        if _refuses_us(answer):
             raise wrong_token(address)
-        use_token(address)
     try:
         version = str(answer.json()["ray_version"])
     except (ValueError, KeyError, TypeError):
@@ -62,10 +59,19 @@ def check_dashboard(address: str) -> Dashboard:
             f"this is no Ray dashboard (HTTP {answer.status_code})", where=address, remedy="http://HEAD:8265"
         ) from None
     check_ray_version(version, address)
-    found = Dashboard(version, answer is not bare, _is_here(address))
+    if asks:
+        use_token(address)
+    else:
+        refuse_open(host, address)
+    found = Dashboard(version, asks, _is_here(address))
     if not found.asks and not found.here:
         refuse_open(None, address)
     return found
+
+
+def _refuses_us(answer: requests.Response) -> bool:
+    """Whether a server wants a token (Ray says 401 without one) or another one (403)."""
+    return answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden)
 
 
 def _host(address: str) -> str:

@@ -144,6 +144,46 @@ def test_what_is_no_dashboard_address_is_refused_as_such(address: str) -> None:
         check_dashboard(address)
 
 
+class WebServer(BaseHTTPRequestHandler):
+    """Is no dashboard: it answers everybody with one ``status``, and keeps what it was told of a token."""
+
+    status, told = 404, list[str | None]()
+
+    def do_GET(self) -> None:
+        self.told.append(self.headers.get("Authorization"))
+        self.send_response(self.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize(
+    ("status", "own", "says", "told"),
+    [(404, "secret", r"this is no Ray dashboard \(HTTP 404\)", [None]),
+     (404, "", r"this is no Ray dashboard \(HTTP 404\)", [None]),
+     (500, "secret", r"this is no Ray dashboard \(HTTP 500\)", [None]),
+     (200, "secret", r"this is no Ray dashboard \(HTTP 200\)", [None]),
+     (401, "secret", "the token is wrong", [None, "Bearer secret"]),
+     (401, "", "there is no token", [None]),
+     (403, "secret", "the token is wrong", [None, "Bearer secret"])],
+)  # fmt: skip
+def test_only_a_server_that_asks_for_a_token_is_told_it(
+    status: int, own: str, says: str, told: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WebServer, "status", status)
+    monkeypatch.setattr(WebServer, "told", [])
+    monkeypatch.setenv("RAY_AUTH_TOKEN", own)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), WebServer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with pytest.raises(StudyError, match=says):
+            check_dashboard(f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert WebServer.told == told
+
+
 def test_a_dashboard_that_asks_nobody_and_hides_its_machines_is_refused() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), OpenDashboard) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
