@@ -147,6 +147,8 @@ class LocalFolder:
                 raise self._refusal(key, error) from error
             raise
         except IsADirectoryError as error:
+            if writing:
+                raise self._refusal(key, error) from error
             raise FileNotFoundError(f"{self.root / key} is a folder") from error
         except OSError as error:
             raise self._refusal(key, error) from error

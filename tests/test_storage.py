@@ -236,6 +236,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         assert str(place) in str(refusal.value)
 
 
+def test_a_folder_in_a_files_place_is_no_file_and_none_is_written_there(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").mkdir()
+    storage = open_storage(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("plan.json")
+    for act in (lambda: storage.write_bytes("plan.json", b""), lambda: storage.append_event("plan.json", {})):
+        with pytest.raises(StudyError, match=r"plan\.json: the folder cannot be used: Is a directory") as refusal:
+            act()
+        assert refusal.value.remedy
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
 def test_relative_and_file_addresses_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert open_storage("studies").uri == str(tmp_path / "studies")

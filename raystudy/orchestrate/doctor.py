@@ -81,9 +81,11 @@ def _storage(experiment: Experiment) -> str:
 def _study(experiment: Experiment) -> str:
     storage = open_storage(experiment.storage, retry_seconds=PATIENCE_SECONDS)
     study = Study(storage.child(experiment.name))
-    if not study.storage.exists("plan.json"):
+    try:
+        study.plan()
+    except FileNotFoundError:
         return "none yet"
-    counts = study.require().status().counts
+    counts = study.status().counts
     return ", ".join(f"{n} {state}" for state, n in counts.items() if n) or "no trials"
 
 

@@ -33,6 +33,7 @@ WORDS = {
     "storage away": "no answer from http://127.0.0.1:",
     "storage's address": "AWS_ENDPOINT_URL 'localhost:9000' is no address of a server",
     "storage is a file": "storage",
+    "study is a file": "the folder cannot be used: it is none",
     "newer study": "was written by a newer raystudy",
     "older Ray": f"Ray {OLD_RAY} does not fit",
     "older MLflow": "MLflow server 1.30.0 is not supported",
@@ -42,6 +43,7 @@ VERBS = {
     "storage away": ("run", "prepare", "doctor", *READERS),
     "storage's address": ("run", "prepare", "doctor", *READERS),
     "storage is a file": ("run", "plan", "prepare", "doctor", *READERS),
+    "study is a file": ("run", "plan", "prepare", "doctor", *READERS),
     "newer study": ("run", "plan", "prepare", "doctor", *READERS),
     "older Ray": ("run", "prepare", "submit", "doctor"),
     "older MLflow": ("run", "doctor"),
@@ -73,6 +75,8 @@ class Places:
             environment |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
         elif wrong == "storage is a file":
             typed += ["--storage", str(folder / "table.csv")]
+        elif wrong == "study is a file":
+            typed += ["--storage", str(folder / "file" / "studies")]
         elif wrong == "newer study":
             typed += ["--storage", str(folder / "newer")]
         elif wrong == "older MLflow":
@@ -109,6 +113,8 @@ def answers(old_mlflow: str, tmp_path_factory: pytest.TempPathFactory) -> dict[t
     places = Places(tiny.experiment_file(folder, folder / "studies"), old_mlflow)
     (folder / "studies").mkdir()
     Study.at(str(folder / "newer"), "tiny").storage.write_json("plan.json", {"format": FORMAT_VERSION + 1})
+    (folder / "file" / "studies").mkdir(parents=True)
+    (folder / "file" / "studies" / "tiny").write_text("this is no study")
     pairs = [(wrong, verb) for wrong, verbs in VERBS.items() for verb in verbs]
     said = ask([places.command(*pair) for pair in pairs])
     assert list((folder / "studies").rglob("lock.json")) == []
