@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
@@ -92,14 +93,27 @@ def config_of(queued: Queued) -> dict[str, Any]:
     }
 
 
-class _Reporter(tune.Callback):
-    """Passes what Tune sees on to the driver's queue."""
+class _Reporter(tune.Callback, tune.Stopper):
+    """Passes what Tune sees on to the driver's queue; has it drop what waits, by the wish to stop, when nothing runs.
 
-    def __init__(self, study: Study, news: queue.SimpleQueue[TrialNews]) -> None:
-        self._study, self._news = study, news
+    What runs ends by itself, with a checkpoint; what waits may wait for a machine that never comes.
+    """
+
+    def __init__(self, study: Study, news: queue.SimpleQueue[TrialNews], stopping: Callable[[], bool]) -> None:
+        self._study, self._news, self._stopping = study, news, stopping
+        self._trials: list[Any] = []
 
     def __reduce__(self) -> Any:
         return forgotten, ()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False  # no trial ends for its result
+
+    def stop_all(self) -> bool:
+        return self._stopping() and not any(trial.status == Trial.RUNNING for trial in self._trials)
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._trials = trials
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._news.put(TrialNews(trial.config["trial"], "running"))
@@ -133,7 +147,7 @@ class Sweep:
     Parameters
     ----------
     images : key -> reference of the shared ImageArray.
-    stopping : the wish to stop; trials see it by themselves, the sweep hands out no more.
+    stopping : the wish to stop; running trials see it by themselves, the sweep hands out no more and drops what waits.
     work : what a trial does; None trains it.
     owner : the token of the driver's lock.
     """
@@ -186,6 +200,7 @@ class Sweep:
         )
         slot.__qualname__ = slot.__name__ = TrialSlot.__name__  # as the Ray dashboard shows it
         searcher = self.searcher or PlanSearcher(self.waiting, self.stopping)
+        reporter = _Reporter(self.study, self.news, self.stopping)
         tuner = tune.Tuner(
             slot,
             param_space={},
@@ -204,7 +219,8 @@ class Sweep:
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=max(1, self.placement.max_failures)),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[_Reporter(self.study, self.news)],
+                callbacks=[reporter],
+                stop=reporter,
             ),
         )
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from ray.util import placement_group_table
 
 from raystudy.config import load_experiment
 from raystudy.errors import StudyError
@@ -198,6 +199,28 @@ def test_only_failed_where_nothing_failed_says_what_is_left(films: Path, tmp_pat
     said = Said()
     assert run_study(plan, root, only_failed=True, shown=said, work=works.null).exit_code == 0
     assert [line for line in said.lines if "no trial failed, 3 of 3 are still to run" in line]
+
+
+def test_the_wish_to_stop_ends_a_study_whose_trials_wait_for_a_machine_that_does_not_come(
+    films: Path, place: Path
+) -> None:
+    plan, root = tiny.planned(films, place, ["resources.gpus=2"])  # there is one
+    study, ended = Study(root.child("tiny")), list[Outcome]()
+
+    def drive() -> None:
+        ended.append(run_study(plan, root, work=works.null, address="a cluster that may grow"))
+
+    driver = threading.Thread(target=drive, daemon=True)
+    driver.start()
+    while not any(group["state"] == "PENDING" for group in placement_group_table().values()):
+        assert driver.is_alive()
+        time.sleep(0.05)
+    write_stop(study, "a test")
+    driver.join(30)
+    assert [outcome.exit_code for outcome in ended] == [130]
+    assert set(ended[0].states.values()) == {"waiting"}
+    assert not [n for n in study.storage.list("trials") if n.endswith("failed.json")]
+    assert not study.storage.exists("lock.json")
 
 
 @pytest.mark.parametrize("executor", ["plain", "ray"])
