@@ -97,8 +97,10 @@ class StudyMetrics:
         self._live[trial_id] = self._tags(trial_id, task, h1_share)
 
     def event(self, trial_id: str, event: dict[str, Any]) -> None:
-        """Take one event of a running trial over."""
-        tags = self._live[trial_id]
+        """Take over one event of a trial that began."""
+        tags = self._live.get(trial_id)
+        if tags is None:
+            return
         gauges = {
             "epoch": self._epoch,
             "epochs": self._epochs,

@@ -62,7 +62,8 @@ class Watch:
             if self.metrics and trial_id in self.trials:
                 spec = self.trials[trial_id].spec
                 self.metrics.begin(trial_id, spec.task, spec.h1_share)
-            self._events.setdefault(trial_id, self._count_events(trial_id))
+            if trial_id not in self._events:
+                self._look_at(trial_id)
         if news.state in ENDS:
             self._look_at(trial_id)
             for kept in (self._detail, self._spoke):
@@ -104,18 +105,16 @@ class Watch:
             self.metrics.queue(explain_queue)
             self.metrics.refresh()
 
-    def _count_events(self, trial_id: str) -> int:
-        try:
-            return len(self.study.trial(trial_id).read_events("events"))
-        except StudyError:
-            return 0
-
     def _look_at(self, trial_id: str) -> None:
+        """Take over what a trial has said since the last look; the first one only counts what earlier runs left."""
+        before = self._events.get(trial_id)
         try:
-            events = self.study.trial(trial_id).read_events("events", self._events.get(trial_id, 0))
+            events = self.study.trial(trial_id).read_events("events", before or 0)
         except StudyError:
             return  # the storage is away; the trial and the next look will tell
-        self._events[trial_id] = self._events.get(trial_id, 0) + len(events)
+        self._events[trial_id] = (before or 0) + len(events)
+        if before is None:
+            return
         if events:
             self._spoke[trial_id] = time.monotonic()
         for event in events:

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import pytest
 
+from raystudy.errors import StudyError
 from raystudy.orchestrate.driver import run_study
 from raystudy.orchestrate.metrics import StudyMetrics
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.progress import Silent
 from raystudy.orchestrate.sweep import TrialNews
 from raystudy.orchestrate.watch import ENDS, Watch
-from raystudy.storage import open_storage
+from raystudy.storage import Storage, open_storage
 from raystudy.study import Study
 from tests.orchestrate import tiny, works
 
@@ -35,15 +36,22 @@ class Kept:
 
 
 @pytest.fixture
-def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
+def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """A trial that waits."""
     monkeypatch.setattr("raystudy.orchestrate.metrics.Gauge", Kept)
     monkeypatch.setattr(Kept, "values", {})
     trial: Any = SimpleNamespace(trial_id=TRIAL, spec=SimpleNamespace(task="pneumonia", h1_share=50))
     study = Study(open_storage(tmp_path))
     found = Watch(study, Silent(), {TRIAL: "waiting"}, StudyMetrics("s"))
     found.begin([trial])
-    found.trial(TrialNews(TRIAL, "running"))
     return found
+
+
+@pytest.fixture
+def watch(waiting: Watch) -> Watch:
+    """A trial that runs."""
+    waiting.trial(TrialNews(TRIAL, "running"))
+    return waiting
 
 
 def look(watch: Watch) -> dict[str, float]:
@@ -104,3 +112,31 @@ def test_trials_that_a_search_ended_are_counted(watch: Watch) -> None:
     watch.trial(TrialNews(TRIAL, "stopped"))
     assert Kept.values["raystudy_trialsstopped"] == 1
     assert Kept.values["raystudy_trialsrunning"] == 0
+
+
+def test_what_earlier_runs_said_is_neither_a_retry_nor_a_checkpoint_of_this_one(waiting: Watch) -> None:
+    directory, now = waiting.study.trial(TRIAL), time.time()
+    directory.append_event("events", {"time": now, "event": "checkpoint", "seconds": 9.0})
+    directory.append_event("events", {"time": now, "event": "retry", "attempt": 1, "error": "out of memory"})
+    waiting.trial(TrialNews(TRIAL, "retry", "the slot died"))  # before it began
+    waiting.trial(TrialNews(TRIAL, "failed", "the slot died"))
+    assert waiting.failures == {TRIAL: "the slot died"}
+    assert look(waiting)["raystudy_retries_total"] == 1
+    assert Kept.values["raystudy_checkpoints_total"] == Kept.values["raystudy_checkpoint_seconds_total"] == 0
+    assert Kept.values["raystudy_trialsfailed"] == 1
+
+
+def test_what_earlier_runs_said_is_not_counted_where_the_storage_is_away_as_the_trial_begins(
+    waiting: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*told: object) -> None:
+        raise StudyError("no answer", where="storage", remedy="wait")
+
+    directory = waiting.study.trial(TRIAL)
+    directory.append_event("events", {"time": time.time(), "event": "checkpoint", "seconds": 9.0})
+    with monkeypatch.context() as broken:
+        broken.setattr(Storage, "read_events", away)
+        waiting.trial(TrialNews(TRIAL, "running"))
+    assert look(waiting)["raystudy_checkpoints_total"] == 0
+    directory.append_event("events", {"time": time.time(), "event": "checkpoint", "seconds": 2.0})
+    assert look(waiting)["raystudy_checkpoint_seconds_total"] == 2
