@@ -113,22 +113,22 @@ class StudyMetrics:
         if event.get("event") == "checkpoint":
             self._add(self._checkpoints, 1)
             self._add(self._checkpoint_seconds, max(0.0, float(event.get("seconds", 0))))
-        elif event.get("event") == "retry":
-            self.retry()
 
     def silence(self, trial_id: str, seconds: float) -> None:
         """Say how long ago a running trial began or wrote its last event."""
         if trial_id in self._live:
             self._set(self._event_age, seconds, self._live[trial_id])
 
-    def ended(self, trial_id: str, tests: dict[str, Any]) -> None:
-        """A trial ended, in whatever state: its speed and silence are 0; `tests` of its result.json, if any."""
-        tags = self._live.get(trial_id)
-        if tags is None:
-            return
-        self._set(self._speed, 0, tags)
-        self._set(self._event_age, 0, tags)
-        self._accuracies(tags, tests)
+    def rests(self, trial_id: str) -> None:
+        """A trial runs no more, or not for now: its speed and silence are 0."""
+        if trial_id in self._live:
+            self._set(self._speed, 0, self._live[trial_id])
+            self._set(self._event_age, 0, self._live[trial_id])
+
+    def tested(self, trial_id: str, tests: dict[str, Any]) -> None:
+        """A trial that began has ended; `tests` of its result.json, if any."""
+        if trial_id in self._live:
+            self._accuracies(self._live[trial_id], tests)
 
     def finished_before(self, trial_id: str, task: str, h1_share: int, tests: dict[str, Any]) -> None:
         """An earlier run finished a trial; `tests` of its result.json."""

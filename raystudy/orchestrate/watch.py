@@ -41,6 +41,7 @@ class Watch:
     _events: dict[str, int] = field(default_factory=dict)
     _detail: dict[str, str] = field(default_factory=dict)
     _spoke: dict[str, float] = field(default_factory=dict)
+    _retried: set[str] = field(default_factory=set[str])  # whose last word is that they are tried again
     _looked: float = 0.0
 
     def begin(self, trials: Iterable[PlannedTrial]) -> None:
@@ -51,13 +52,14 @@ class Watch:
     def trial(self, news: TrialNews) -> None:
         """Take over what the sweep says of a trial."""
         trial_id = news.trial_id
+        self.states[trial_id] = "waiting" if news.state == "retry" else news.state
         if news.state == "retry":
-            self.shown.say(f"again {trial_id}: {news.message}" if news.message else f"again {trial_id}")
-            if self.metrics:
-                self.metrics.retry()
-            return
-        self.states[trial_id] = news.state
+            self._look_at(trial_id)
+            if trial_id not in self._retried:  # else its slot told of the same death
+                self._again(trial_id, news.message)
+            self._rests(trial_id)
         if news.state == "running":
+            self._retried.discard(trial_id)
             self._spoke[trial_id] = time.monotonic()
             if self.metrics and trial_id in self.trials:
                 spec = self.trials[trial_id].spec
@@ -66,8 +68,7 @@ class Watch:
                 self._look_at(trial_id)
         if news.state in ENDS:
             self._look_at(trial_id)
-            for kept in (self._detail, self._spoke):
-                kept.pop(trial_id, None)
+            self._rests(trial_id)
             self._ended(news)
         self._counted()
 
@@ -119,10 +120,25 @@ class Watch:
             self._spoke[trial_id] = time.monotonic()
         for event in events:
             if event.get("event") == "retry":
-                self.shown.say(f"again {trial_id}: {event.get('error', '')}")
+                self._retried.add(trial_id)
+                self._again(trial_id, str(event.get("error", "")))
+            else:
+                self._retried.discard(trial_id)
             if self.metrics and trial_id in self.trials:
                 self.metrics.event(trial_id, event)
             self._detail[trial_id] = _detail(event) or self._detail.get(trial_id, "")
+
+    def _again(self, trial_id: str, message: str) -> None:
+        self.shown.say(f"again {trial_id}: {message}" if message else f"again {trial_id}")
+        if self.metrics:
+            self.metrics.retry()
+
+    def _rests(self, trial_id: str) -> None:
+        """A trial runs no more, or not for now."""
+        for kept in (self._detail, self._spoke):
+            kept.pop(trial_id, None)
+        if self.metrics:
+            self.metrics.rests(trial_id)
 
     def _ended(self, news: TrialNews) -> None:
         trial_id, detail = news.trial_id, ""
@@ -133,7 +149,7 @@ class Watch:
         elif news.state == "finished":
             detail = _verdict(result)
         if self.metrics:
-            self.metrics.ended(trial_id, result.get("tests", {}))
+            self.metrics.tested(trial_id, result.get("tests", {}))
         self.shown.say(f"{news.state} {trial_id}{detail}")
 
     def _result(self, trial_id: str) -> dict[str, Any]:

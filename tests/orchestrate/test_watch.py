@@ -69,6 +69,40 @@ def test_a_retry_counts_while_the_trial_is_tried_again_and_once_only(watch: Watc
     assert look(watch)["raystudy_retries_total"] == 1
 
 
+def test_a_trial_whose_machine_died_waits_until_it_runs_again(watch: Watch) -> None:
+    event = {"time": time.time(), "event": "epoch", "epoch": 1, "epochs": 9, "images_per_second": 250.0}
+    watch.study.trial(TRIAL).append_event("events", event)
+    look(watch)
+    watch._spoke[TRIAL] -= 700
+    assert look(watch)[f"raystudy_images_per_second{TRIAL}"] == 250
+    watch.trial(TrialNews(TRIAL, "retry", "the slot died"))
+    now = look(watch)
+    assert (now["raystudy_trialswaiting"], now["raystudy_trialsrunning"]) == (1, 0)
+    assert now[f"raystudy_images_per_second{TRIAL}"] == now[f"raystudy_last_event_seconds{TRIAL}"] == 0
+    watch.trial(TrialNews(TRIAL, "running"))
+    watch.study.trial(TRIAL).append_event("events", {**event, "epoch": 2})
+    now = look(watch)
+    assert (now["raystudy_trialswaiting"], now["raystudy_trialsrunning"]) == (0, 1)
+    assert (now[f"raystudy_epoch{TRIAL}"], now[f"raystudy_images_per_second{TRIAL}"]) == (2, 250)
+    assert now["raystudy_retries_total"] == 1
+
+
+def test_a_death_that_the_slot_told_of_before_it_died_too_is_one_retry(watch: Watch) -> None:
+    directory = watch.study.trial(TRIAL)
+    retry = {"time": time.time(), "event": "retry", "attempt": 1, "error": "the task's process died"}
+    directory.append_event("events", retry)
+    watch.trial(TrialNews(TRIAL, "retry", "the slot died"))
+    assert look(watch)["raystudy_retries_total"] == 1
+    watch.trial(TrialNews(TRIAL, "running"))
+    watch.trial(TrialNews(TRIAL, "retry", "the slot died"))  # before the trial's first word
+    assert look(watch)["raystudy_retries_total"] == 2
+    watch.trial(TrialNews(TRIAL, "running"))
+    directory.append_event("events", retry)
+    directory.append_event("events", {"time": time.time(), "event": "started", "epoch": 1, "epochs": 9})
+    watch.trial(TrialNews(TRIAL, "retry", "the slot died"))
+    assert look(watch)["raystudy_retries_total"] == 4
+
+
 def test_a_trial_that_never_says_anything_is_heard_as_silent(watch: Watch) -> None:
     watch._spoke[TRIAL] -= 700
     assert look(watch)[f"raystudy_last_event_seconds{TRIAL}"] > 600
