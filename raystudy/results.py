@@ -28,8 +28,12 @@ REMEDIES = {
 def write_sealed(storage: Storage, path: str, body: Mapping[str, Any], files: Iterable[str]) -> None:
     """Write a JSON file that carries the checksums of ``files`` beside it and of itself."""
     sums = {name: hashlib.sha256(storage.read_bytes(name)).hexdigest() for name in files}
-    whole = {**body, "sha256": sums}
-    storage.write_json(path, {**whole, "checksum": _checksum(whole)})
+    storage.write_json(path, _with_checksum({**body, "sha256": sums}))
+
+
+def create_sealed(storage: Storage, path: str, body: Mapping[str, Any]) -> bool:
+    """Write a sealed file that speaks of no others unless it is there; of several callers exactly one gets True."""
+    return storage.create_exclusive(path, json_bytes(_with_checksum({**body, "sha256": {}})))
 
 
 def read_sealed(storage: Storage, path: str) -> dict[str, Any] | None:
@@ -131,6 +135,10 @@ def damaged_files(storage: Storage, seal: str = RESULT, left_out: Iterable[str] 
         if not whole:
             damaged.append(name)
     return damaged
+
+
+def _with_checksum(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {**body, "checksum": _checksum(body)}
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

@@ -10,8 +10,8 @@ This is the only module that imports mlflow.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -39,6 +39,7 @@ from raystudy.errors import DamagedFileError, StudyError
 from raystudy.results import DONE, read_result, read_sealed, sealed, write_sealed
 from raystudy.storage import EVENT_READERS, Storage
 from raystudy.study import Study, failures, read_mark
+from raystudy.tracking_identity import ID, PARENT, STARTED, STUDY, TRIAL, adopted, known_as, study_id
 from raystudy.tracking_server import check_server, first_line
 from raystudy.tracking_values import (
     MOST_NUMBERS,
@@ -53,10 +54,8 @@ from raystudy.tracking_values import (
 OPENS_AS = {"mlflow.experimentKind": "custom_model_development"}  # the page of runs shows parameters and metrics
 EVENTS_A_BATCH = 1000 // MOST_NUMBERS  # MLflow takes 1,000 metrics a request
 PARAMS_A_BATCH = 100
-STUDY, TRIAL, STARTED = "raystudy.study", "raystudy.trial_id", "raystudy.started"  # tags that name a run
 ERROR = "raystudy.error"  # a tag: why the trial failed; raystudy.error.JOB: why its explanation did
 FAILED = "failed.json"
-PARENT = "mlflow.parentRunId"
 PRIVATE = ("report/figures/films", "report/index.html", "report/tables/planted_truth.csv")  # of the report: films, ids
 
 T = TypeVar("T")
@@ -101,15 +100,11 @@ def sync_study(study: Study, settings: Tracking, given_up: threading.Event | Non
     StudyError : the lock was lost; MLflow does not answer, or is of a version that is not known.
     """
     check_server(settings.uri, must_answer=False)
-    study.storage.delete(_cursor_path(settings))
     try:
-        Store(study, settings, Line(given_up)).sync(final=True)
+        Store(study, settings, Line(given_up), anew=True).sync(final=True)
     except GivenUpError:
-        raise StudyError(
-            "a driver took this study over",
-            where=study.storage.uri,
-            remedy="leave it to that one: its mirror catches up",
-        ) from None
+        remedy = "leave it to that one: its mirror catches up"
+        raise StudyError("a driver took this study over", where=study.storage.uri, remedy=remedy) from None
     except UNAVAILABLE as error:
         raise StudyError(
             f"MLflow does not answer: {first_line(error)}",
@@ -140,25 +135,28 @@ class Line:
 class Store:
     """One MLflow store as seen from one study: its runs by tag, and what has been sent.
 
-    A trial's run is named by study, trial and the time of its first event: a trial that was deleted and trained anew
-    has a run of its own, and one whose creation timed out is found again.  A trial that failed before its first event
-    has a run without that time, which it keeps when it begins.
+    A trial's run is named by the study's id, the trial and the time of its first event: a trial that was deleted and
+    trained anew has a run of its own, and one whose creation timed out is found again.  A trial that failed before its
+    first event has a run without that time, which it keeps when it begins.
     """
 
-    def __init__(self, study: Study, settings: Tracking, line: Line) -> None:
+    def __init__(self, study: Study, settings: Tracking, line: Line, *, anew: bool = False) -> None:
         self.study, self.settings, self.ask = study, settings, line
         for name in ("alembic", "mlflow.store.db.utils"):  # a new database tells of every migration
             logging.getLogger(name).setLevel(logging.ERROR)
         self.client = MlflowClient(tracking_uri=settings.uri)
         self.experiment_id = self._experiment(settings.experiment or study.name)
-        self.sent: dict[str, Any] = {}
+        self.cursor: dict[str, Any] = {"sent": {}}
         with contextlib.suppress(DamagedFileError):  # then everything is sent again, which changes nothing
-            self.sent = (read_sealed(study.storage, _cursor_path(settings)) or {"sent": {}})["sent"]
+            self.cursor = read_sealed(study.storage, _cursor_path(settings)) or self.cursor
+        self.sent: dict[str, Any] = {} if anew else copy.deepcopy(self.cursor["sent"])
         self.began: dict[str, int] = {}  # when a trial's first event was written, in ms
         self.runs: dict[tuple[str, str], str] = {}
         self.parents: dict[str, str | None] = {}  # of the runs that were found
         self.found: dict[str, tuple[str, dict[str, str]]] = {}  # status and tags of the same
-        self._find_runs()
+        listed = list(self._list_runs())
+        self.id = study_id(study.storage, lambda: known_as((r.data.tags for r in listed), self._began(listed)))
+        self._find_runs(listed)
 
     def _experiment(self, name: str) -> str:
         found = self.ask(self.client.get_experiment_by_name, name)
@@ -174,18 +172,34 @@ class Store:
             self.ask(self.client.restore_experiment, found.experiment_id)
         return found.experiment_id
 
-    def _find_runs(self) -> None:
+    def _find_runs(self, listed: list[Any]) -> None:
         """Learn the study's runs; of two with one name (a creation timed out and came late) the cursor's stays."""
-        known = {sent.get("run") for sent in self.sent.values()}
-        for run in sorted(self._list_runs(), key=lambda r: (r.info.run_id not in known, r.info.run_id)):
+        known = {sent.get("run") for sent in self.cursor["sent"].values()}
+        mine = [run for run in listed if run.data.tags.get(ID) == self.id]
+        old = [run for run in listed if ID not in run.data.tags]
+        mine += adopted(old, mine, self.cursor["sent"], self._began(old), self._failed_at)
+        for run in sorted(mine, key=lambda r: (r.info.run_id not in known, r.info.run_id)):
             name = (run.data.tags.get(TRIAL, ""), run.data.tags.get(STARTED, ""))
             if name in self.runs:
                 self.ask(self.client.delete_run, run.info.run_id)
-            else:
-                self.runs[name] = run.info.run_id
-                self.parents[run.info.run_id] = run.data.tags.get(PARENT)
-                self.found[run.info.run_id] = (run.info.status, run.data.tags)
+                continue
+            if ID not in run.data.tags:
+                self.ask(self.client.set_tag, run.info.run_id, ID, self.id)
+            self.runs[name] = run.info.run_id
+            self.parents[run.info.run_id] = run.data.tags.get(PARENT)
+            self.found[run.info.run_id] = (run.info.status, run.data.tags)
         self.live = set(self.runs.values())
+
+    def _began(self, runs: list[Any]) -> dict[str, int]:
+        """Return when the trials of these runs began in this study, in ms."""
+        files = self.study.files() if runs else {}
+        self._look_when_they_began({t: files[t] for r in runs if (t := r.data.tags.get(TRIAL)) in files})
+        return self.began
+
+    def _failed_at(self, trial_id: str) -> int | None:
+        with contextlib.suppress(FileNotFoundError, DamagedFileError, ValueError):  # a tag may name anything
+            return _failed_at(self.study.trial(trial_id))
+        return None
 
     def _list_runs(self) -> Iterator[Any]:
         token = None
@@ -211,7 +225,7 @@ class Store:
             self.runs[name] = self.runs.pop((trial_id, ""))
             self.ask(self.client.set_tag, self.runs[name], STARTED, name[1])
         if name not in self.runs:  # after a failure the store is looked at anew, so a timed out creation was found
-            tags = {STUDY: self.study.name, TRIAL: name[0], STARTED: name[1]}
+            tags = {ID: self.id, STUDY: self.study.name, TRIAL: name[0], STARTED: name[1]}
             if trial_id:
                 tags[PARENT] = self.run("")
             made = self.ask(
@@ -227,7 +241,6 @@ class Store:
 
     def sync(self, final: bool) -> None:
         """Send everything that is not there yet; the report only when it is final."""
-        before = json.dumps(self.sent, sort_keys=True)
         try:
             plan, files = self.study.plan(), self.study.files()
             self._look_when_they_began({t: files.get(t, set()) for t in plan["trials"]})
@@ -236,8 +249,10 @@ class Store:
             if final:
                 self._sync_study(_study_status([files.get(t, set()) for t in plan["trials"]]))
         finally:
-            if json.dumps(self.sent, sort_keys=True) != before:
-                write_sealed(self.study.storage, _cursor_path(self.settings), {"sent": self.sent}, ())
+            cursor = {"study": self.id, "sent": copy.deepcopy(self.sent)}
+            if any(self.cursor.get(key) != value for key, value in cursor.items()):
+                write_sealed(self.study.storage, _cursor_path(self.settings), cursor, ())
+                self.cursor = cursor
 
     def _look_when_they_began(self, files: Mapping[str, set[str]]) -> None:
         """Read the first event of every trial that has begun, once."""

@@ -12,6 +12,7 @@ import pandas as pd
 from mlflow.tracking import MlflowClient
 
 from raystudy.study import Study
+from raystudy.tracking_identity import ID_FILE
 
 LOSSES = ("loss", "cross_entropy", "cluster", "separation", "l1", "train_accuracy", "val_accuracy", "val_cross_entropy")
 Datum = tuple[str, str, int, float]  # trial, metric, step, value
@@ -118,6 +119,11 @@ def replay(source: Study, target: Study) -> Iterator[str]:
     yield "report"
 
 
+def cursor_file(study: Study) -> str:
+    (name,) = (n for n in study.storage.list("tracking") if n != ID_FILE)
+    return name
+
+
 def cursor(study: Study) -> dict[str, Any]:
-    (name,) = study.storage.list("tracking")
+    name = cursor_file(study)
     return json.loads(study.storage.read_bytes(name))["sent"]

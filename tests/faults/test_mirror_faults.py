@@ -24,7 +24,7 @@ from raystudy.streams import stream
 from raystudy.study import Study
 from raystudy.tracking import sync_study
 from tests.mlflow_server import BadLine, MLflowServer
-from tests.mlflow_view import assert_mirrored_once, replay
+from tests.mlflow_view import assert_mirrored_once, cursor_file, replay
 from tests.orchestrate import tiny
 from tests.tiny_study import TinyStudy
 
@@ -121,7 +121,7 @@ def test_damage_in_the_cursor_loses_nothing_and_repeats_nothing(tiny_study: Tiny
     for _ in range(2):  # the second trial has begun
         next(steps)
     mirror_all()
-    (name,) = study.storage.list("tracking")
+    name = cursor_file(study)
     whole, database = study.storage.read_bytes(name), (tmp_path / "mlflow.db").read_bytes()
     for _ in steps:
         pass
