@@ -37,7 +37,7 @@ def examine(experiment: Experiment | None, address: str | None) -> int:
         checks += [
             ("storage", lambda: _storage(experiment)),
             ("study directory", lambda: _study(experiment)),
-            ("MLflow", lambda: _mlflow(experiment, address)),
+            ("MLflow", lambda: _mlflow(experiment, cluster)),
         ]
     else:
         checks.append(("MLflow", _mlflow_library))
@@ -89,13 +89,14 @@ def _study(experiment: Experiment) -> str:
     return ", ".join(f"{n} {state}" for state, n in counts.items() if n) or "no trials"
 
 
-def _mlflow(experiment: Experiment, address: str | None) -> str:
+def _mlflow(experiment: Experiment, cluster: str | None) -> str:
     if not experiment.tracking.enabled:
         return "switched off"
     from raystudy.tracking_server import check_server
 
     uri = experiment.tracking.uri
-    of_the_head = address is not None and is_loopback(urlsplit(uri).hostname)  # where the job will run
+    submitted = (cluster or "").startswith(("http://", "https://"))  # the driver runs on the head then, else here
+    of_the_head = submitted and is_loopback(urlsplit(uri).hostname)
     check_server(uri, must_answer=not of_the_head)
     return f"{uri} on the cluster's head" if of_the_head else uri
 

@@ -266,6 +266,17 @@ def test_two_addresses_that_are_none_do_not_end_the_other_checks(tmp_path: Path)
     assert answer.said.count("ok ") == 5
 
 
+def test_an_mlflow_at_loopback_is_the_clusters_only_where_the_driver_is_submitted_there(tmp_path: Path) -> None:
+    uri = f"http://{NOWHERE}"
+    typed = ["doctor", str(tiny.experiment_file(tmp_path, tmp_path / "studies"))]
+    typed += ["--set", "tracking.enabled=true", "--set", f"tracking.uri={uri}"]
+    submitted = [Command([*typed, "--address", uri]), Command(typed, {"RAY_ADDRESS": uri})]
+    here = [Command([*typed, "--address", NOWHERE]), Command(typed, {"RAY_ADDRESS": NOWHERE})]
+    said = [answer.said for answer in ask([*submitted, *here])]
+    assert [f"ok    MLflow: {uri} on the cluster's head" in text for text in said] == [True, True, False, False]
+    assert ["wrong MLflow: " in text for text in said] == [False, False, True, True]
+
+
 def test_repairing_the_mirror_refuses_an_old_server_too(old_mlflow: str, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"server 1\.30\.0 is not supported"):
         sync_study(Study.at(str(tmp_path), "tiny"), Tracking(uri=old_mlflow))
