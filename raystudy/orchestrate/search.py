@@ -23,15 +23,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raystudy.config import Experiment, Search, SearchRange
+from raystudy.config import Experiment, Search
 from raystudy.config_text import in_plain_words
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import STOPPED
 from raystudy.orchestrate.ledger import stand_in
 from raystudy.orchestrate.plan import Arm, PlannedTrial, StudyPlan, trials_of
+from raystudy.orchestrate.search_draws import Known, optuna_draws, random_draws, require_optuna
 from raystudy.results import RESULT, read_result, read_sealed, write_sealed
 from raystudy.storage import Storage
-from raystudy.streams import stream, stream_seed
 from raystudy.study import Study, read_mark
 
 FOLDER = "search"
@@ -91,7 +91,7 @@ class SearchBook:
         """
         check_space(self.settings)
         if self.settings.algorithm == "optuna":
-            _require_optuna()
+            require_optuna()
         storage = self.study.storage
         for path in storage.list(f"{FOLDER}/suggestions"):
             kept = read_sealed(storage, path) or {}
@@ -178,9 +178,8 @@ class SearchBook:
         """Draw the next suggestion; values that are no valid experiment together are drawn again."""
         known = {suggestion.number for suggestion in self.suggestions}
         number = next(n for n in itertools.count() if n not in known)  # a damaged one was deleted
-        draws = _optuna if self.settings.algorithm == "optuna" else _random
         problem = ""
-        for drawn in itertools.islice(draws(self, number), DRAWS):
+        for drawn in itertools.islice(self._draws(number), DRAWS):
             values = {key: self._fitting(key, value) for key, value in drawn.items()}
             try:
                 self._variant(values)  # before it is written down, as a weights file may be missing
@@ -193,6 +192,17 @@ class SearchBook:
             where="search.space",
             remedy="narrow the space to values that are valid together",
         )
+
+    def _draws(self, number: int) -> Iterator[dict[str, Any]]:
+        space, seed = self.settings.space, self.experiment.study_seed
+        if self.settings.algorithm == "random":
+            return random_draws(space, seed, number)
+        known = [
+            Known(s.values, self.observed[s.number], s.number in self.stopped)
+            for s in self.suggestions
+            if s.number in self.observed and self.holds(s)
+        ]
+        return optuna_draws(space, seed, number, known)
 
     def planned(self, suggestion: Suggestion) -> list[PlannedTrial]:
         """Return the trials that a suggestion has brought: none where its values were suggested before."""
@@ -290,82 +300,6 @@ def search_experiment(experiment: Experiment) -> Experiment:
     """Return the experiment of a search's trials: its chosen mixtures."""
     assert experiment.search is not None
     return experiment.model_copy(update={"mixtures": experiment.search.mixtures})
-
-
-def _random(book: SearchBook, number: int) -> Iterator[dict[str, Any]]:
-    """Draw every value from a stream of its own: suggestion n does not depend on what came before."""
-    for again in itertools.count():
-        values: dict[str, Any] = {}
-        for key, wanted in book.settings.space.items():
-            purpose = ("search", key, number, again) if again else ("search", key, number)
-            values[key] = _at(wanted, float(stream(book.experiment.study_seed, *purpose).random()))
-        yield values
-
-
-def _at(wanted: SearchRange, share: float) -> Any:
-    if wanted.choice is not None:
-        return wanted.choice[min(len(wanted.choice) - 1, int(share * len(wanted.choice)))]
-    if wanted.uniform is not None:
-        low, high = wanted.uniform
-        return low + share * (high - low)
-    assert wanted.loguniform is not None
-    low, high = wanted.loguniform
-    return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-
-
-def _optuna(book: SearchBook, number: int) -> Iterator[dict[str, Any]]:
-    """Ask Optuna's TPE, told again what was observed in this space, with a seed of its own: it remembers nothing.
-
-    Asked again, it is told that what it gave is worse than anything observed; told less, it would give the same.
-    """
-    optuna = _require_optuna()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    seed = stream_seed(book.experiment.study_seed, "search", "optuna", number) % 2**32
-    memory = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-    space = {key: _distribution(wanted) for key, wanted in book.settings.space.items()}
-    for known in book.suggestions:
-        if known.number in book.observed and book.holds(known):
-            params = {key: _parameter(book.settings.space[key], value) for key, value in known.values.items()}
-            told: dict[str, Any] = {"value": book.observed[known.number]}
-            if known.number in book.stopped:  # ranks behind all that were trained to their end
-                told = {"state": optuna.trial.TrialState.PRUNED, "intermediate_values": {0: told["value"]}}
-            memory.add_trial(optuna.trial.create_trial(params=params, distributions=space, **told))
-    while True:
-        asked = memory.ask(space)
-        yield {key: _value(book.settings.space[key], value) for key, value in asked.params.items()}
-        memory.tell(asked, state=optuna.trial.TrialState.PRUNED)
-
-
-def _require_optuna() -> Any:
-    try:
-        import optuna
-    except ModuleNotFoundError:
-        raise StudyError(
-            "search.algorithm is optuna, which is not installed",
-            where="search.algorithm",
-            remedy="pip install 'raystudy[search]', or search.algorithm: random",
-        ) from None
-    return optuna
-
-
-def _distribution(wanted: SearchRange) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    if wanted.choice is not None:
-        return CategoricalDistribution(list(range(len(wanted.choice))))
-    low, high = wanted.uniform or wanted.loguniform or (0.0, 1.0)
-    return FloatDistribution(low, high, log=wanted.loguniform is not None)
-
-
-def _parameter(wanted: SearchRange, value: Any) -> Any:
-    if wanted.choice is not None:
-        return wanted.choice.index(value)
-    low, high = wanted.uniform or wanted.loguniform or (value, value)
-    return min(max(float(value), low), high)  # rounded, it may lie a little beyond a bound
-
-
-def _value(wanted: SearchRange, parameter: Any) -> Any:
-    return wanted.choice[int(parameter)] if wanted.choice is not None else float(parameter)
 
 
 @dataclass
