@@ -30,7 +30,8 @@ def run_on_ray(run: Run, resources: Resources, session: Session) -> None:
     if session.local:
         check_placement(placement, session.cpus, session.gpus)
     metrics = StudyMetrics(run.study.name)
-    metrics.images(sum(len(a.image_ids) for a in run.films.arrays.values()), run.films.quarantined)
+    plan = run.book.base if run.book else run.ledger.plan  # what a search suggests has the base's films
+    metrics.images(len(plan.image_table) + run.films.left_out, run.films.quarantined)
     for trial in run.ledger.plan.trials:
         metrics.finished_before(trial.trial_id, trial.spec.task, trial.spec.h1_share, run.ledger.tests(trial))
     images = run.films.shared()

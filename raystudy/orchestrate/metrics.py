@@ -45,7 +45,7 @@ class StudyMetrics:
         self._checkpoints = Gauge("raystudy_checkpoints_total", "Checkpoints written.", ("study",))
         self._retries = Gauge("raystudy_retries_total", "Trials and explanations that were tried again.", ("study",))
         self._quarantined = Gauge("raystudy_quarantined_images", "Images that cannot be read.", ("study",))
-        self._images = Gauge("raystudy_images", "Images of the study.", ("study",))
+        self._images = Gauge("raystudy_images", "Images of the study, with those that cannot be read.", ("study",))
         self._live: dict[str, dict[str, str]] = {}
         self._last: dict[tuple[str, str], tuple[Gauge, float, dict[str, str]]] = {}
         self._refreshed = time.monotonic()
