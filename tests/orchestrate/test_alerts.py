@@ -54,7 +54,39 @@ PROVOKED: dict[str, tuple[dict[str, str], int, int, str]] = {
         },
         9, 10, "s: 1.1% of the images cannot be read",
     ),
+    "RaystudyDriverGone": (
+        {
+            f'ray_raystudy_trials{{{STUDY},state="waiting"}}': "20x5 stale",
+            f'ray_raystudy_trials{{{STUDY},state="running"}}': "2x5 stale",
+            f'ray_raystudy_trials{{{STUDY},state="finished"}}': "1x5 stale",
+        },
+        15, 16, "s: its driver is gone, 22 trials waited or ran when it was last seen",
+    ),
 }  # fmt: skip
+
+
+# what no alert of a driver that is gone follows
+WELL = {
+    "the study is done": {'waiting",WorkerId="1': "2x5 0x5 stale", 'running",WorkerId="1': "1x9 0 stale"},
+    "the next driver did the rest": {
+        'waiting",WorkerId="1': "20x5 stale",
+        'running",WorkerId="1': "2x5 stale",
+        'waiting",WorkerId="2': "_x9 20x5 0x5 stale",
+        'running",WorkerId="2': "_x9 0x5 2x4 0 stale",
+    },
+}
+
+
+@pytest.mark.parametrize("case", WELL)
+def test_a_driver_that_ended_well_is_not_missed(case: str, tmp_path: Path) -> None:
+    series = [{"series": f'ray_raystudy_trials{{{STUDY},state="{n}"}}', "values": v} for n, v in WELL[case].items()]
+    quiet = [{"eval_time": f"{m}m", "alertname": "RaystudyDriverGone", "exp_alerts": []} for m in range(0, 120, 4)]
+    shutil.copy(DASHBOARDS / "alerts.yml", tmp_path)
+    test = {"interval": "1m", "input_series": series, "alert_rule_test": quiet}
+    tree = {"rule_files": ["alerts.yml"], "evaluation_interval": "1m", "tests": [test]}
+    (tmp_path / "well.yml").write_text(yaml.safe_dump(tree))
+    shown = promtool("test", "rules", "well.yml", folder=tmp_path)
+    assert shown.returncode == 0, shown.stdout
 
 
 def provoke(alert: str, rules: str, folder: Path) -> subprocess.CompletedProcess[str]:
