@@ -5,7 +5,9 @@ In flow ``tracking.uri``; out flow nothing, or a refusal with its remedy.  Nothi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
@@ -21,6 +23,7 @@ from urllib3.exceptions import LocationParseError
 from raystudy.errors import StudyError
 
 OLDEST, FIRST_UNKNOWN = (3, 1), (4, 0)  # versions of MLflow whose interface raystudy speaks
+PATIENCE_SECONDS = 2.0  # with one that need not answer
 
 
 def check_server(uri: str, *, must_answer: bool = True) -> None:
@@ -57,7 +60,7 @@ def _check_version(what: str, version: str, where: str) -> None:
 
 def _server_version(uri: str, must_answer: bool) -> list[str]:
     try:
-        answer = requests.get(f"{uri.rstrip('/')}/version", timeout=10 if must_answer else 2)
+        answer = requests.get(f"{uri.rstrip('/')}/version", timeout=10 if must_answer else PATIENCE_SECONDS)
         answer.raise_for_status()
     except (requests.exceptions.InvalidURL, LocationParseError):  # the latter is no RequestException
         raise StudyError(
@@ -88,10 +91,8 @@ def _check_database(uri: str, must_answer: bool) -> None:
             remedy="for example sqlite:///mlflow.db or postgresql://USER@HOST:5432/DATABASE",
         ) from None
     try:
-        revision, tables = _tables(uri) if must_answer or uri.startswith("sqlite") else (None, set[str]())
+        revision, tables = _tables(uri) if must_answer else _tables_if_it_answers(uri)
     except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError) as error:
-        if not must_answer:
-            return
         raise StudyError(
             f"MLflow's database cannot be opened: {first_line(error)}",
             where="tracking.uri",
@@ -115,6 +116,20 @@ def _check_database(uri: str, must_answer: bool) -> None:
             where="tracking.uri",
             remedy=f"copy it, then `mlflow db upgrade {sqlalchemy.make_url(uri).render_as_string()}`",
         )
+
+
+def _tables_if_it_answers(uri: str) -> tuple[str | None, set[str]]:
+    """Return the same as `_tables`, or (None, empty) when a database is away, silent or not to be opened."""
+    answers: list[tuple[str | None, set[str]]] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # every driver has its own words for it
+            answers.append(_tables(uri))
+
+    thread = threading.Thread(target=ask, daemon=True)  # a driver may wait for minutes: it is left behind
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    return answers[0] if answers else (None, set())
 
 
 def _tables(uri: str) -> tuple[str | None, set[str]]:

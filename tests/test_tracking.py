@@ -649,6 +649,37 @@ def test_a_database_that_mlflow_refuses_as_too_old_is_refused_with_the_remedy(sq
         assert f"mlflow db upgrade {sqlite.uri}" in str(refusal.value)
 
 
+def test_a_database_of_a_newer_mlflow_is_refused_on_a_server_too_although_it_need_not_answer(
+    mlflow_server: MLflowServer,
+) -> None:
+    if not mlflow_server.backend.startswith("postgresql"):
+        pytest.skip("PostgreSQL is not installed")
+    uri = mlflow_server.backend.rpartition("/")[0] + "/newer"
+    for where, statements in (
+        (mlflow_server.backend, ["create database newer"]),
+        (uri, ["create table alembic_version (version_num text)", "insert into alembic_version values ('ffffffff')"]),
+    ):
+        engine = sqlalchemy.create_engine(where, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            for statement in statements:
+                connection.execute(sqlalchemy.text(statement))
+        engine.dispose()
+    for must_answer in (True, False):
+        check_server(mlflow_server.backend, must_answer=must_answer)
+        with pytest.raises(StudyError, match="install the newer MLflow"):
+            check_server(uri, must_answer=must_answer)
+
+
+def test_a_database_that_is_away_or_silent_delays_and_refuses_nothing_when_it_need_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        for port, seconds in ((free_port(), 5), (silent.getsockname()[1], 10)):
+            began = time.monotonic()
+            check_server(f"postgresql://mlflow@127.0.0.1:{port}/postgres", must_answer=False)
+            assert time.monotonic() - began < seconds
+    for uri in ("postgresql://127.0.0.1:port/postgres", "nothing://127.0.0.1/postgres"):
+        check_server(uri, must_answer=False)
+
+
 def test_the_cursor_belongs_to_one_store(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
     study = tiny_study.copy(tmp_path)
     mirror_all(study, sqlite)
