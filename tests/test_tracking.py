@@ -429,6 +429,13 @@ def test_two_makers_of_a_studys_id_agree(tmp_path: Path) -> None:
     assert study_id(open_storage(tmp_path / "other"), lambda: None) != others[0]
 
 
+def test_a_lost_id_is_known_to_the_cursor_of_any_store(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    write_sealed(storage, "tracking/0123456789ab.json", {"sent": {}}, ())  # of an earlier version
+    write_sealed(storage, "tracking/ba9876543210.json", {"sent": {}, "study": "known"}, ())
+    assert study_id(storage, lambda: "another") == "known"
+
+
 def test_a_failed_explanation_is_told_until_it_is_made(tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking) -> None:
     study = tiny_study.copy(tmp_path)
     trial_id = study.trial_ids()[0]
