@@ -309,7 +309,7 @@ def read_mark(directory: Storage, path: str) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError):
         mark, whole = {}, False
     if not whole:
-        remedy = "delete this file and run again: what was ended then goes on"
+        remedy = "delete this file and run again: a failed trial then goes on, a stopped one is marked anew"
         raise DamagedFileError("the file is damaged", where=directory.address(path), remedy=remedy)
     return mark
 

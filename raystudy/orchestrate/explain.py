@@ -27,6 +27,7 @@ from raystudy.results import write_sealed
 from raystudy.study import Study
 
 LOOK_SECONDS = 10.0  # between two looks at how many slots a cluster has
+STOP_SECONDS = 60.0  # after the wish to stop: a task that has not ended by then may wait for a machine that never comes
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Explainer:
     may_grow: bool = False
     owner: str = ""
     _looked: float = field(default_factory=time.monotonic)
+    _stopped: float = 0.0  # when the wish to stop was seen
+    _cancelled: bool = False
     _waiting: deque[tuple[ExplainJob, int]] = field(default_factory=deque)
     _resting: list[tuple[float, ExplainJob, int]] = field(default_factory=list[tuple[float, ExplainJob, int]])
     _running: dict[Any, tuple[ExplainJob, int]] = field(default_factory=dict)
@@ -110,11 +113,20 @@ class Explainer:
         if stopping:
             news += [ExplainNews(job, "interrupted") for job, _ in self._waiting]
             self._waiting.clear()
+            self._cancel(now)
         limit = max(1, self.slots // 2) if trials_running else max(1, self.slots)
         while self._waiting and len(self._running) < limit:
             job, attempt = self._waiting.popleft()
             self._running[self._launch(job, attempt)] = (job, attempt)
         return news
+
+    def _cancel(self, now: float) -> None:
+        """Cancel, once, what has had time to end by itself since the wish to stop."""
+        self._stopped = self._stopped or now
+        if now > self._stopped + STOP_SECONDS and not self._cancelled:
+            self._cancelled = True
+            for ref in self._running:
+                ray.cancel(ref)
 
     def _look_for_slots(self) -> None:
         if not self.may_grow or time.monotonic() < self._looked + LOOK_SECONDS:
@@ -133,6 +145,8 @@ class Explainer:
             job, attempt = self._running.pop(ref)
             try:
                 news.append(ExplainNews(job, ray.get(ref)))
+            except ray.exceptions.TaskCancelledError:
+                news.append(ExplainNews(job, "interrupted"))
             except ray.exceptions.RayError as error:
                 if attempt <= self.placement.max_failures and not is_final(error) and not self.stopping():
                     pause = pause_before_retry(error, attempt, self.placement, zlib.crc32(job.name.encode()))

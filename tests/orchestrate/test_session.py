@@ -153,6 +153,25 @@ def test_an_explanation_that_ran_out_of_memory_rests_and_the_driver_goes_on(
     assert explainer.queue == 0
 
 
+def test_an_explanation_that_waits_for_a_machine_is_dropped_by_the_wish_to_stop(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "STOP_SECONDS", 0.1)
+    study, rows, wished = Study(open_storage(tmp_path)), TrialRows(Rows("a", ""), Rows("b", "")), threading.Event()
+    never = slot.Placement(cpus=1, gpus=2)  # there is one
+    explainer = explain.Explainer(study, {"k": ray.put(0)}, 1, never, own_resource=False, stopping=wished.is_set)
+    explainer.add(explain.ExplainJob("a", "prototypes", ExplainSettings(), rows, "k"))
+    assert explainer.poll(trials_running=False) == []
+    assert explainer.queue == 1
+    wished.set()
+    until = time.monotonic() + 60
+    while not (news := explainer.poll(trials_running=False)):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert [(n.job.trial_id, n.state) for n in news] == [("a", "interrupted")]
+    assert (explainer.queue, study.storage.list()) == (0, [])
+
+
 def test_cpus_are_left_for_explanations_where_the_cluster_has_no_slots_for_them() -> None:
     plain = Session(False, cpus=8, gpus=0, explain_slots=0, dashboard=None)
     slots = Session(False, cpus=8, gpus=0, explain_slots=2, dashboard=None)
