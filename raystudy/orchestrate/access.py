@@ -27,11 +27,23 @@ TOKEN_REMEDY = "on the head run `ray get-auth-token`, and put it into RAY_AUTH_T
 
 
 def token() -> str | None:
-    """Return the token that Ray would use here: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return os.environ["RAY_AUTH_TOKEN"].strip()
+    """Return the token that Ray would use here: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+
+    Raises
+    ------
+    StudyError : no header could carry it; the token itself is not told.
+    """
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return path.read_text().strip() if path.is_file() else None
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        where, found = "RAY_AUTH_TOKEN", os.environ["RAY_AUTH_TOKEN"].strip()
+    elif path.is_file():
+        where, found = str(path), path.read_text(encoding="utf-8", errors="replace").strip()
+    else:
+        return None
+    if not re.fullmatch(r"[!-~]+", found):
+        rule = "one line of ASCII letters, digits and signs, without blanks"
+        raise StudyError(f"the token is malformed: it must be {rule}", where=where, remedy=TOKEN_REMEDY)
+    return found
 
 
 def use_token(where: str) -> None:

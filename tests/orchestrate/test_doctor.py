@@ -198,6 +198,34 @@ def test_a_dashboard_that_asks_nobody_and_hides_its_machines_is_refused() -> Non
         server.shutdown()
 
 
+class GuardedDashboard(OpenDashboard):
+    """Lets nobody in."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.end_headers()
+
+
+@pytest.mark.parametrize("malformed", ["abc\ndef", "abc def", "abcö", "abc\udcff", "abc\x7f", " "])
+@pytest.mark.parametrize("place", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
+def test_a_malformed_token_is_named_as_such_and_not_told(
+    malformed: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "token"
+    file.write_bytes(malformed.encode(errors="surrogateescape"))
+    monkeypatch.setenv(place, malformed if place == "RAY_AUTH_TOKEN" else str(file))
+    with ThreadingHTTPServer(("127.0.0.1", 0), GuardedDashboard) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with pytest.raises(StudyError, match="the token is malformed") as refusal:
+            check_dashboard(f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert "abc" not in str(refusal.value)
+    assert refusal.value.where == (place if place == "RAY_AUTH_TOKEN" else str(file))
+    assert "ray get-auth-token" in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("host", "alone"),
     [("localhost", True), ("127.0.0.53", True), ("::1", True), ("[::1]", True), ("127.evil.example", False),
