@@ -152,7 +152,7 @@ exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin /usr/sbin/sshd -D -e -f /dev/null
     def processes(self, name: str) -> list[str]:
         """Return the command lines that run on a host, its sshd left out."""
         (first,) = _children(self._boots[name].pid)
-        shown = _run("nsenter", "-t", str(first), "-p", "-m", "ps", "-eo", "args=")
+        shown = _run("nsenter", "-t", str(first), "-p", "-m", "ps", "-ww", "-eo", "args=")
         lines = [line.strip() for line in shown.splitlines()]
         return [line for line in lines if line and "sshd" not in line and not line.startswith("ps ")]
 

@@ -152,7 +152,7 @@ def test_the_services_of_the_head_start_once_and_prometheus_finds_the_nodes(spac
         return [t["health"] for t in json.loads(got)["data"]["activeTargets"]] if got else []
 
     def processes() -> dict[str, list[str]]:
-        lines = space.run("ps", "-eo", "pid=,args=").stdout.splitlines()
+        lines = space.run("ps", "-ww", "-eo", "pid=,args=").stdout.splitlines()
         return {name: [line for line in lines if name in line] for name in ("mlflow server", "prometheus --config")}
 
     start()

@@ -239,7 +239,7 @@ def test_a_job_outlives_its_client_is_stopped_with_checkpoints_and_goes_on(space
     wait_for("two running trials", lambda: sum(e > 1 for e in epochs(lock.parent)) == 2, 240)
 
     ids = list(states(space, long_study))
-    titles = space.run("ps", "-eo", "args=").stdout.splitlines()
+    titles = space.run("ps", "-ww", "-eo", "args=").stdout.splitlines()
     stages = re.compile(rf"ray::({'|'.join(ids)}) \w+ \d+/60")
     assert len({m[1] for line in titles if (m := stages.match(line))}) == 2, titles
     tasks, actors = json.loads(space.run(BIN / "python", "-c", TASKS, RAY_AUTH_MODE="token").stdout.splitlines()[-1])
