@@ -42,7 +42,8 @@ def moment(study: Path) -> str:
         return "preparation"
     if results < n_trials:
         events = [e for n in names if n.endswith("/events") for e in place.read_events(n)]
-        return str(max(events, key=lambda e: e["time"])["stage"])
+        staged = [e for e in events if "stage" in e]  # a slot that is tried again says so without one
+        return str(max(staged, key=lambda e: e["time"])["stage"]) if staged else "preparation"
     return "explanation" if done < 2 * n_trials else "report"
 
 
