@@ -8,7 +8,7 @@ from raystudy.storage import open_storage
 
 
 def refuse_local_paths(experiment: Experiment, where: str) -> None:
-    """Refuse storage, sources and weights that lie on this machine.
+    """Refuse storage and sources that lie on this machine, and weights files, which are read nowhere else.
 
     Parameters
     ----------
@@ -16,15 +16,19 @@ def refuse_local_paths(experiment: Experiment, where: str) -> None:
 
     Raises
     ------
-    StudyError : a local path, also one that is written as ``file://``.
+    StudyError : a local path, also one that is written as ``file://``; a weights file.
     """
     tree = experiment.model_dump(mode="json")
     places: dict[str, str] = {"storage": tree["storage"]}
     for name, source in tree["sources"].items():
         places |= {f"sources.{name}.{key}": source[key] for key in ("root", "images") if source.get(key)}
     for key, value in places.items():
-        remedy = f"put it on object storage and name it: --set {key}=s3://bucket/path"
-        _refuse_local(key, value, where, remedy)
+        if open_storage(value).is_local:
+            raise StudyError(
+                f"{key} is the local path {value!r}, which the cluster's machines do not see",
+                where=where,
+                remedy=f"put it on object storage and name it: --set {key}=s3://bucket/path",
+            )
     searched = (tree["search"] or {"space": {}})["space"].get("model.weights", {})
     weights = {
         "model.weights": [tree["model"]["weights"]],
@@ -34,11 +38,8 @@ def refuse_local_paths(experiment: Experiment, where: str) -> None:
     for key, values in weights.items():
         for value in values:
             if value not in ("none", "imagenet"):
-                _refuse_local(key, value, where, "use `imagenet` or `none`: a weights file is for Ray on this machine")
-
-
-def _refuse_local(key: str, value: str, where: str, remedy: str) -> None:
-    if open_storage(value).is_local:
-        raise StudyError(
-            f"{key} is the local path {value!r}, which the cluster's machines do not see", where=where, remedy=remedy
-        )
+                raise StudyError(
+                    f"{key} is the file {value!r}, which the cluster's machines do not see",
+                    where=where,
+                    remedy="use `imagenet` or `none`: a weights file is for Ray on this machine",
+                )

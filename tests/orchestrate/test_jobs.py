@@ -96,9 +96,9 @@ def test_a_local_path_is_one_however_it_is_written(key: str, scheme: str, tmp_pa
     assert refusal.value.remedy == f"put it on object storage and name it: --set {key}=s3://bucket/path"
 
 
-def test_a_local_weights_file_is_one_wherever_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_weights_file_is_refused_wherever_it_is_asked_for(tmp_path: Path) -> None:
     nih, chexpert = ({"kind": kind, "root": f"s3://bucket/{kind}"} for kind in ("nih", "chexpert"))
-    for weights in ("none", "imagenet", "../w.safetensors", str(tmp_path / "w.safetensors")):
+    for weights in ("none", "imagenet", "../w.safetensors", str(tmp_path / "w.safetensors"), "s3://bucket/w"):
         both = ["none", weights] if weights != "none" else [weights]
         asked = {
             "model.weights": {"model": {"weights": weights}},
@@ -111,7 +111,7 @@ def test_a_local_weights_file_is_one_wherever_it_is_asked_for(tmp_path: Path) ->
             if weights in ("none", "imagenet"):
                 refuse_local_paths(experiment, "the cluster")
                 continue
-            with pytest.raises(StudyError, match=f"{key} is the local path '{weights}'"):
+            with pytest.raises(StudyError, match=f"{key} is the file '{weights}'"):
                 refuse_local_paths(experiment, "the cluster")
 
 
