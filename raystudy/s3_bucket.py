@@ -30,7 +30,7 @@ from raystudy.object_stores import FileStamp
 
 T = TypeVar("T")
 SINGLE_PUT_BYTES = 64 * 1024 * 1024
-SERVER = re.compile(r"https?://([\w-]{1,63}(\.[\w-]{1,63})*\.?|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./~-]*)?", re.ASCII)
+SERVER = re.compile(r"https?://([\w-]{1,63}(\.[\w-]{1,63})*\.?|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./~%@:-]*)?", re.ASCII)
 REGION = re.compile(r"[\w.-]{1,63}", re.ASCII)
 
 _opened_by: dict[str, int] = {}  # obstore's threads do not survive a fork: the child would wait for ever
@@ -169,6 +169,14 @@ class S3Bucket:
                 away = not here and not re.search(r"status code: (3|4(?!29|08))|\(code: ", text)
                 if not away or time.monotonic() + pause > deadline:
                     raise self._refusal(key, text) from error
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # of obstore; it is no Exception and has no module
+                    raise
+                raise StudyError(
+                    f"no request can be made of what the environment says: {error}",
+                    where=self._uri(key),
+                    remedy="look at its AWS_ variables: one holds what is no address, path or name",
+                ) from None
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
 
@@ -209,17 +217,15 @@ def _check_environment(where: str) -> None:
     ------
     StudyError : names the variable; its value only where it holds no secret.
     """
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):  # obstore reads the last one by itself
-        server = os.environ.get(name)
-        if server and not _is_server(server):
-            shown = "" if "@" in server or "?" in server else f" {server!r}"
-            remedy = f"{name}=http://HOST:PORT or https://HOST, without a name and a password"
-            raise StudyError(f"{name}{shown} is no address of a server", where=where, remedy=remedy)
-    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
-        region = os.environ.get(name)
-        if region and not REGION.fullmatch(region):
-            remedy = f"{name}=us-east-1, or what the server calls its region"
-            raise StudyError(f"{name} {region!r} is no name of a region", where=where, remedy=remedy)
+    name, server = _first_set("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # obstore reads the last one
+    if server and not _is_server(server):
+        shown = "" if "@" in server or "?" in server else f" {server!r}"
+        remedy = f"{name}=http://HOST:PORT or https://HOST, without a name and a password"
+        raise StudyError(f"{name}{shown} is no address of a server", where=where, remedy=remedy)
+    name, region = _first_set("AWS_REGION", "AWS_DEFAULT_REGION")
+    if region and not REGION.fullmatch(region):
+        remedy = f"{name}=us-east-1, or what the server calls its region"
+        raise StudyError(f"{name} {region!r} is no name of a region", where=where, remedy=remedy)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"):
         if any(ord(c) < 32 or ord(c) == 127 for c in os.environ.get(name, "")):
             raise StudyError(
@@ -227,6 +233,11 @@ def _check_environment(where: str) -> None:
                 where=where,
                 remedy=f"set {name} again without it; it often comes along when a file is copied",
             )
+
+
+def _first_set(*names: str) -> tuple[str, str]:
+    """Return the variable that counts, and its value: the first one that is set."""
+    return next(((name, os.environ[name]) for name in names if os.environ.get(name)), (names[0], ""))
 
 
 def _is_server(server: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -100,11 +101,43 @@ def test_a_server_that_is_not_there_is_named_in_time(monkeypatch: pytest.MonkeyP
 def test_an_environment_of_which_no_request_can_be_made_is_named(
     name: str, value: str, s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    for other in ("AWS_ENDPOINT_URL", "AWS_REGION"):
+        monkeypatch.delenv(other)
     monkeypatch.setenv(name, value)
     with pytest.raises(StudyError, match=f"{name} ") as refusal:
         open_storage("s3://bucket/x", retry_seconds=0).list()
     assert name in str(refusal.value.remedy)
+
+
+def test_a_variable_that_does_not_count_is_not_looked_at(
+    s3_environment: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT", "minio.local:9000")  # as other tools write it; AWS_ENDPOINT_URL is set
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "no region")
+    open_storage(s3_bucket).check_writable()
+
+
+def test_a_server_below_a_path_is_one(monkeypatch: pytest.MonkeyPatch, s3_environment: S3Server) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9/gateway%20of/team@site:1")
+    with pytest.raises(StudyError, match="no answer from"):
+        open_storage("s3://bucket/x", retry_seconds=0).list()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"AWS_METADATA_ENDPOINT": "nonsense"}, {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "x y"}],
+)
+def test_what_the_library_panics_at_is_refused_in_words(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StudyError, match="no request can be made") as refusal:
+        open_storage("s3://bucket/x", retry_seconds=0).list()
+    assert "AWS_" in str(refusal.value.remedy)
 
 
 def test_a_secret_in_the_environment_is_not_repeated(s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,13 +31,17 @@ def token() -> str | None:
 
     Raises
     ------
-    StudyError : no header could carry it; the token itself is not told.
+    StudyError : it cannot be read, or no header could carry it; the token itself is not told.
     """
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if os.environ.get("RAY_AUTH_TOKEN"):
         where, found = "RAY_AUTH_TOKEN", os.environ["RAY_AUTH_TOKEN"].strip()
     elif path.is_file():
-        where, found = str(path), path.read_text(encoding="utf-8", errors="replace").strip()
+        where = str(path)
+        try:
+            found = path.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            raise StudyError(f"the token cannot be read: {error.strerror}", where=where, remedy=TOKEN_REMEDY) from error
     else:
         return None
     if not re.fullmatch(r"[!-~]+", found):

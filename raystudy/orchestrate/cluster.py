@@ -29,7 +29,7 @@ def run_on_ray(run: Run, resources: Resources, session: Session) -> None:
     placement = placement_of(resources, session)
     if session.local:
         check_placement(placement, session.cpus, session.gpus)
-    metrics = StudyMetrics(run.study.name)
+    metrics = StudyMetrics(run.study.name, on_cluster=not session.local)
     plan = run.book.base if run.book else run.ledger.plan  # what a search suggests has the base's films
     metrics.images(len(plan.image_table) + run.films.left_out, run.films.quarantined)
     for trial in run.ledger.plan.trials:

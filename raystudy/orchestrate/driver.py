@@ -22,7 +22,7 @@ from raystudy.orchestrate.assignment import Work, clear_stop
 from raystudy.orchestrate.changes import describe_changes
 from raystudy.orchestrate.cluster import run_on_ray
 from raystudy.orchestrate.films import Films, plan_readable, prepare_films
-from raystudy.orchestrate.initial_weights import check_initial_weights, searched_models
+from raystudy.orchestrate.initial_weights import check_initial_weights, check_searched_weights
 from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.local_paths import refuse_local_paths
 from raystudy.orchestrate.phantoms import write_phantom_originals
@@ -67,6 +67,7 @@ def run(
             try:
                 plan = plan_readable(_planned(experiment), storage, Stoppable(shown, Stop(study, lock)))
             except StopWished:
+                _refuse_loss(lock, study)
                 print("interrupted; run the same command again to go on")
                 return 130
         else:
@@ -168,11 +169,12 @@ def run_study(
         more = book is not None and book.wants_more and not only_failed
         unexplained = ledger.missing_explanations(only_failed) if work is None else []
         todo = Todo(missing, unexplained, more, films=not ledger.films_known())
+        local = not (address or os.environ.get("RAY_ADDRESS"))
         fresh = [t for t in missing if not any(n.startswith("checkpoint/") for n in ledger.files(t))]
-        beginning = [t.spec.model for t in fresh]
+        check_initial_weights((t.spec.model for t in fresh), local=local)
         if book is not None and more:
-            beginning += searched_models((t.spec.model for t in plan.trials), book.settings)
-        check_initial_weights(beginning, local=not (address or os.environ.get("RAY_ADDRESS")))
+            check_searched_weights((t.spec.model for t in plan.trials), book.settings, local=local)
+            book.draw()  # refused before anything starts
         for line in describe_changes(ledger, missing):
             shown.say(line)
         ledger.write_plan()
@@ -197,11 +199,7 @@ def run_study(
         finally:
             if mirror is not None and not mirror.close():
                 shown.say("the MLflow mirror is behind; repair it with `raystudy report EXPERIMENT --sync`")
-        lock.look()
-        if lock.lost:
-            raise StudyError(
-                "another driver took this study over", where=study.storage.uri, remedy="leave it to that one"
-            )
+        _refuse_loss(lock, study)
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -212,6 +210,13 @@ def _held(study: Study, take_over: bool) -> Iterator[StudyLock]:
     with locked(study.storage, take_over=take_over) as lock:
         clear_stop(study)
         yield lock
+
+
+def _refuse_loss(lock: StudyLock, study: Study) -> None:
+    """Refuse to say more of a study that is another driver's now."""
+    lock.look()
+    if lock.lost:
+        raise StudyError("another driver took this study over", where=study.storage.uri, remedy="leave it to that one")
 
 
 def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, address: str | None) -> None:

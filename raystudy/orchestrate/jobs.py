@@ -76,6 +76,8 @@ def submit(
     except KeyboardInterrupt:
         print(f"no longer followed; {job} goes on and holds the study\n{hints}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        raise  # nobody reads the log here any more, as in `raystudy submit … | head`
     except (RuntimeError, ClientError, OSError) as error:  # of Ray's client, of the socket below it, of requests
         reason = _first_line(error)
         raise StudyError(
@@ -140,6 +142,7 @@ def _say_where_runs_go(experiment: Experiment) -> None:
 def stop(experiment: Experiment) -> None:
     """Ask a running study to stop; say so when nobody runs it."""
     study = Study.at(experiment.storage, experiment.name)
+    study.refuse_newer()
     holder = lock_holder(study.storage)
     if holder is None:  # else a driver may still find out which films it can plan with
         study.require()

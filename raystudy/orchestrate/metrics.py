@@ -20,9 +20,14 @@ _PER_TRIAL = ("study", "trial_id", "task", "h1_share")
 
 
 class StudyMetrics:
-    """The metrics of one study; needs a connected Ray."""
+    """The metrics of one study; needs a connected Ray.
 
-    def __init__(self, study: str) -> None:
+    Parameters
+    ----------
+    on_cluster : this Ray outlives its drivers.  One of the driver's own ends with it, and takes its last words along.
+    """
+
+    def __init__(self, study: str, *, on_cluster: bool) -> None:
         self._study = {"study": study}
         self._trials = Gauge("raystudy_trials", "Trials by state.", ("study", "state"))
         self._epoch = Gauge("raystudy_epoch", "Completed epochs of a running trial.", _PER_TRIAL)
@@ -46,11 +51,13 @@ class StudyMetrics:
         self._retries = Gauge("raystudy_retries_total", "Trials and explanations that were tried again.", ("study",))
         self._quarantined = Gauge("raystudy_quarantined_images", "Images that cannot be read.", ("study",))
         self._images = Gauge("raystudy_images", "Images of the study, with those that cannot be read.", ("study",))
+        self._on_cluster = Gauge("raystudy_on_cluster", "1 where Ray outlives the study's driver, else 0.", ("study",))
         self._live: dict[str, dict[str, str]] = {}
         self._last: dict[tuple[str, str], tuple[Gauge, float, dict[str, str]]] = {}
         self._refreshed = time.monotonic()
         for state in STATES:
             self._set(self._trials, 0, {**self._study, "state": state})
+        self._set(self._on_cluster, float(on_cluster), self._study)
         for gauge in (self._queue, self._quarantined, self._images):
             self._set(gauge, 0, self._study)
         for counter in (self._checkpoint_seconds, self._checkpoints, self._retries):

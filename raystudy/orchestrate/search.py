@@ -7,7 +7,7 @@ interrupted reads them back and goes on as if nothing had been.  Where the exper
 other trials: observations and rungs of earlier ones no longer count.
 
     search/suggestions/000007.json   {"number", "values"}
-    search/observations/000007.json  {"number", "objective", "trials", "stopped"}: the trials that were stopped early
+    search/observations/000007.json  {"number", "objective", "trials", "ended"}: their values, and how it ended
     search/rungs                     events: what each trial had reached at a rung, and whether it went on
 """
 
@@ -17,7 +17,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import STOPPED
 from raystudy.orchestrate.ledger import stand_in
 from raystudy.orchestrate.plan import Arm, PlannedTrial, StudyPlan, trials_of
-from raystudy.orchestrate.search_draws import Known, optuna_draws, random_draws, require_optuna
+from raystudy.orchestrate.search_draws import ENDS, Ended, Known, optuna_draws, random_draws, require_optuna
 from raystudy.results import RESULT, read_result, read_sealed, write_sealed
 from raystudy.storage import Storage
 from raystudy.study import Study, read_mark
@@ -50,10 +50,10 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Reached:
-    """A trial's validation accuracy; ``stopped``: where the search stopped it, so of no model and not comparable."""
+    """A trial's validation accuracy: at its end, where the search stopped it, or 0 as it diverged."""
 
     value: float
-    stopped: bool
+    ended: Ended
 
 
 @dataclass
@@ -70,7 +70,7 @@ class SearchBook:
     base: StudyPlan
     suggestions: list[Suggestion] = field(default_factory=list[Suggestion])
     observed: dict[int, float] = field(default_factory=dict[int, float])
-    stopped: set[int] = field(default_factory=set[int])  # observed suggestions of which a trial was stopped early
+    ended: dict[int, Ended] = field(default_factory=dict[int, Ended])  # observed suggestions: the worst of their trials
     trials: dict[str, PlannedTrial] = field(default_factory=dict[str, PlannedTrial])
     _of_trial: dict[str, list[int]] = field(default_factory=dict[str, list[int]])  # a trial's suggestions
     _invalid: set[int] = field(default_factory=set[int])  # suggestions of an earlier spec that this one does not allow
@@ -109,13 +109,10 @@ class SearchBook:
             wanted = {trial.trial_id for trial in self._trials_of(number)}
             if wanted and set(kept["trials"]) == wanted:  # else of an earlier spec, or of other seeds
                 self.observed[number] = float(kept["objective"])
-                if kept["stopped"] if "stopped" in kept else any(map(self._was_stopped, wanted)):
-                    self.stopped.add(number)
+                self.ended[number] = kept["ended"] if "ended" in kept else self._worst_end(wanted)
         for trial_id, numbers in self._of_trial.items():
             if not self.observed.keys() >= set(numbers):  # of other trials, or a run ended before it was written
                 self._observe_known(trial_id)
-        if self.wants_more:
-            self._draw()  # refused before anything starts
 
     def _mark_stopped(self) -> None:
         """Write the marks of stopped trials that a driver could not write any more: they are not trained again."""
@@ -128,7 +125,7 @@ class SearchBook:
 
     @property
     def wants_more(self) -> bool:
-        return len(self.suggestions) < self.settings.trials
+        return len(self.suggestions) - len(self._invalid) < self.settings.trials
 
     def verdict(self) -> str:
         """Say what was best so far."""
@@ -136,15 +133,20 @@ class SearchBook:
         if best is None:
             return "no suggestion is observed yet"
         values = ", ".join(f"{key} = {value}" for key, value in best[0].values.items())
-        early = f" ({len(self.stopped)} stopped early)" if self.stopped else ""
-        return f"best of {len(self.observed)}{early}: {best[1]:.1f} % validation accuracy with {values}"
+        words: dict[Ended, str] = {"stopped": "stopped early", "diverged": "diverged"}
+        counts = [(n, word) for end, word in words.items() if (n := list(self.ended.values()).count(end))]
+        others = f" ({', '.join(f'{n} {word}' for n, word in counts)})" if counts else ""
+        return f"best of {len(self.observed)}{others}: {best[1]:.1f} % validation accuracy with {values}"
 
     def left_out(self) -> str | None:
-        """Say how many suggestions the search space, as it is now, no longer holds; None where it holds all."""
-        n = sum(not self.holds(suggestion) for suggestion in self.suggestions)
-        if not n:
-            return None
-        return f"{n} of {len(self.suggestions)} suggestions are outside search.space now: only their trials are kept"
+        """Say how many suggestions the experiment, as it is now, would not make; None where it would make all."""
+        invalid, total = len(self._invalid), len(self.suggestions)
+        outside = sum(not self.holds(suggestion) for suggestion in self.suggestions) - invalid
+        told = {
+            f"{outside} of {total} suggestions are outside search.space now: only their trials are kept": outside,
+            f"{invalid} of {total} suggestions are no valid experiment any more: others are drawn": invalid,
+        }
+        return "\n".join(line for line, n in told.items() if n) or None
 
     def holds(self, suggestion: Suggestion) -> bool:
         """Whether the search could suggest these values today."""
@@ -164,7 +166,7 @@ class SearchBook:
         """Return the next suggestion, written down, or None when there are enough."""
         if not self.wants_more:
             return None
-        suggestion = self._draw()
+        suggestion = self.draw()
         path = f"{FOLDER}/suggestions/{suggestion.number:06d}.json"
         write_sealed(self.study.storage, path, {"number": suggestion.number, "values": suggestion.values}, ())
         with self._lock:
@@ -174,8 +176,13 @@ class SearchBook:
                     self._observe_known(trial.trial_id)
         return suggestion
 
-    def _draw(self) -> Suggestion:
-        """Draw the next suggestion; values that are no valid experiment together are drawn again."""
+    def draw(self) -> Suggestion:
+        """Draw the next suggestion, without writing it down; values that are not valid together are drawn again.
+
+        Raises
+        ------
+        StudyError : the space seems to hold no valid experiment.
+        """
         known = {suggestion.number for suggestion in self.suggestions}
         number = next(n for n in itertools.count() if n not in known)  # a damaged one was deleted
         problem = ""
@@ -198,7 +205,7 @@ class SearchBook:
         if self.settings.algorithm == "random":
             return random_draws(space, seed, number)
         known = [
-            Known(s.values, self.observed[s.number], s.number in self.stopped)
+            Known(s.values, self.observed[s.number], self.ended[s.number])
             for s in self.suggestions
             if s.number in self.observed and self.holds(s)
         ]
@@ -234,23 +241,20 @@ class SearchBook:
         known = {t: r for t, r in values.items() if r is not None}
         if len(known) < len(wanted):
             return  # failed trials are tried again by the next run
-        stopped = [t for t, r in known.items() if r.stopped]
-        if stopped:
-            self.stopped.add(number)  # before it is observed, as the other thread may ask in between
+        self.ended[number] = _worst(known.values())  # before it is observed, as the other thread may ask in between
         trials = {t: r.value for t, r in known.items()}
         self.observed[number] = math.fsum(trials.values()) / len(trials)
-        note = {"number": number, "objective": self.observed[number], "trials": trials, "stopped": stopped}
+        note = {"number": number, "objective": self.observed[number], "trials": trials, "ended": self.ended[number]}
         write_sealed(self.study.storage, f"{FOLDER}/observations/{number:06d}.json", note, ())
 
-    def _was_stopped(self, trial_id: str) -> bool:
-        reached = value_of(self.study, trial_id)
-        return reached is not None and reached.stopped
+    def _worst_end(self, trial_ids: Iterable[str]) -> Ended:
+        return _worst(r for r in (value_of(self.study, t) for t in trial_ids) if r is not None)
 
     def best(self) -> tuple[Suggestion, float] | None:
-        """Return the best suggestion that was trained to its end, if any was; the earlier of equals."""
+        """Return the best suggestion: one that was trained to its end, if any was; the earlier of equals."""
         if not self.observed:
             return None
-        number = min(self.observed.keys() - self.stopped or self.observed, key=lambda n: (-self.observed[n], n))
+        number = min(self.observed, key=lambda n: (ENDS.index(self.ended[n]), -self.observed[n], n))
         return next(s for s in self.suggestions if s.number == number), self.observed[number]
 
     def _admit(self, suggestion: Suggestion) -> None:
@@ -278,6 +282,10 @@ class SearchBook:
         if isinstance(now, int) and not isinstance(now, bool):
             return round(value)
         return value if self.settings.space[key].choice else float(f"{value:.4g}")
+
+
+def _worst(trials: Iterable[Reached]) -> Ended:
+    return ENDS[max((ENDS.index(reached.ended) for reached in trials), default=0)]
 
 
 def check_space(search: Search) -> None:
@@ -379,8 +387,10 @@ def value_of(study: Study, trial_id: str) -> Reached | None:
     if directory.exists(RESULT):
         result = stand_in(directory) or read_result(directory)
         assert result is not None  # it was there a moment ago
-        return Reached(float(result["selected"]["val_accuracy"]) if result["status"] == "finished" else 0.0, False)
+        if result["status"] == "diverged":
+            return Reached(0.0, "diverged")
+        return Reached(float(result["selected"]["val_accuracy"]), "finished")
     try:
-        return Reached(float(read_mark(directory, STOPPED)["value"]), True)
+        return Reached(float(read_mark(directory, STOPPED)["value"]), "stopped")
     except FileNotFoundError:
         return None

@@ -10,20 +10,23 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from raystudy.config import SearchRange
 from raystudy.errors import StudyError
 from raystudy.streams import stream, stream_seed
 
+Ended = Literal["finished", "stopped", "diverged"]
+ENDS: tuple[Ended, ...] = ("finished", "stopped", "diverged")  # the better first
+
 
 @dataclass(frozen=True)
 class Known:
-    """An observed suggestion; ``stopped``: early, so its objective is not comparable."""
+    """An observed suggestion; the objective of one that did not finish is not comparable with one that did."""
 
     values: dict[str, Any]
     objective: float
-    stopped: bool
+    ended: Ended
 
 
 def random_draws(space: dict[str, SearchRange], study_seed: int, number: int) -> Iterator[dict[str, Any]]:
@@ -62,8 +65,9 @@ def optuna_draws(
     for one in known:
         params = {key: _parameter(space[key], value) for key, value in one.values.items()}
         told: dict[str, Any] = {"value": one.objective}
-        if one.stopped:  # ranks behind all that were trained to their end
-            told = {"state": optuna.trial.TrialState.PRUNED, "intermediate_values": {0: one.objective}}
+        if one.ended != "finished":  # ranks behind all that did, and without a value behind all that have one
+            reached = {0: one.objective} if one.ended == "stopped" else {}
+            told = {"state": optuna.trial.TrialState.PRUNED, "intermediate_values": reached}
         memory.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, **told))
     while True:
         asked = memory.ask(distributions)

@@ -31,6 +31,7 @@ SUPERPOSED = {
     "score": "scaled to its maximum, summed by score",
     "maximum": "scaled to its maximum, the largest of them",
 }
+LONGEST_SLUG = 80  # a file's name has at most 255 bytes
 FIGURES_OF_FILMS = "films"  # file names that begin so show films; they leave the study directory only when allowed
 
 
@@ -104,7 +105,8 @@ def _slugs(arms: Sequence[dict[str, object]]) -> list[str]:
         slug = "".join(c if c.isalnum() or c in "_." else "_" for c in text)
         found.append(f"{slug}_cohort{arm['cohort_seed']}" if cohorts else slug)
     sums = [hashlib.sha256(repr(sorted(arm.items())).encode()).hexdigest()[:8] for arm in arms]
-    return [slug if found.count(slug) == 1 else f"{slug}_{own}" for slug, own in zip(found, sums, strict=True)]
+    plain = [len(slug) <= LONGEST_SLUG and found.count(slug) == 1 for slug in found]
+    return [slug if one else f"{slug[:LONGEST_SLUG]}_{own}" for slug, one, own in zip(found, plain, sums, strict=True)]
 
 
 def _section(

@@ -59,6 +59,7 @@ PROVOKED: dict[str, tuple[dict[str, str], int, int, str]] = {
             f'ray_raystudy_trials{{{STUDY},state="waiting"}}': "20x5 stale",
             f'ray_raystudy_trials{{{STUDY},state="running"}}': "2x5 stale",
             f'ray_raystudy_trials{{{STUDY},state="finished"}}': "1x5 stale",
+            f"ray_raystudy_on_cluster{{{STUDY}}}": "1x5 stale",
         },
         15, 16, "s: its driver is gone, 22 trials waited or ran when it was last seen",
     ),
@@ -66,20 +67,34 @@ PROVOKED: dict[str, tuple[dict[str, str], int, int, str]] = {
 
 
 # what no alert of a driver that is gone follows
+WAITING, RUNNING, ON_CLUSTER = (
+    f"ray_raystudy_{name}" for name in ('trials{state="waiting",', 'trials{state="running",', "on_cluster{")
+)
 WELL = {
-    "the study is done": {'waiting",WorkerId="1': "2x5 0x5 stale", 'running",WorkerId="1': "1x9 0 stale"},
+    "the study is done": {
+        f'{WAITING}WorkerId="1"': "2x5 0x5 stale",
+        f'{RUNNING}WorkerId="1"': "1x9 0 stale",
+        f'{ON_CLUSTER}WorkerId="1"': "1x10 stale",
+    },
     "the next driver did the rest": {
-        'waiting",WorkerId="1': "20x5 stale",
-        'running",WorkerId="1': "2x5 stale",
-        'waiting",WorkerId="2': "_x9 20x5 0x5 stale",
-        'running",WorkerId="2': "_x9 0x5 2x4 0 stale",
+        f'{WAITING}WorkerId="1"': "20x5 stale",
+        f'{RUNNING}WorkerId="1"': "2x5 stale",
+        f'{ON_CLUSTER}WorkerId="1"': "1x5 stale",
+        f'{WAITING}WorkerId="2"': "_x9 20x5 0x5 stale",
+        f'{RUNNING}WorkerId="2"': "_x9 0x5 2x4 0 stale",
+        f'{ON_CLUSTER}WorkerId="2"': "_x9 1x11 stale",
+    },
+    "its own Ray ended before it could say that the last trial had": {
+        f'{WAITING}WorkerId="1"': "2x5 0x5 stale",
+        f'{RUNNING}WorkerId="1"': "1x10 stale",
+        f'{ON_CLUSTER}WorkerId="1"': "0x10 stale",
     },
 }
 
 
 @pytest.mark.parametrize("case", WELL)
 def test_a_driver_that_ended_well_is_not_missed(case: str, tmp_path: Path) -> None:
-    series = [{"series": f'ray_raystudy_trials{{{STUDY},state="{n}"}}', "values": v} for n, v in WELL[case].items()]
+    series = [{"series": f"{name},{STUDY}}}", "values": values} for name, values in WELL[case].items()]
     quiet = [{"eval_time": f"{m}m", "alertname": "RaystudyDriverGone", "exp_alerts": []} for m in range(0, 120, 4)]
     shutil.copy(DASHBOARDS / "alerts.yml", tmp_path)
     test = {"interval": "1m", "input_series": series, "alert_rule_test": quiet}

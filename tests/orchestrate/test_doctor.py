@@ -16,7 +16,7 @@ import ray
 
 from raystudy.config import Tracking
 from raystudy.errors import StudyError
-from raystudy.orchestrate.access import is_loopback
+from raystudy.orchestrate.access import is_loopback, token
 from raystudy.orchestrate.dashboard import check_dashboard
 from raystudy.study import FORMAT_VERSION, Study
 from raystudy.tracking import sync_study
@@ -224,6 +224,14 @@ def test_a_malformed_token_is_named_as_such_and_not_told(
     assert "abc" not in str(refusal.value)
     assert refusal.value.where == (place if place == "RAY_AUTH_TOKEN" else str(file))
     assert "ray get-auth-token" in str(refusal.value)
+
+
+def test_a_token_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/proc/self/mem")  # a file whose first page nobody can read
+    with pytest.raises(StudyError, match="the token cannot be read: ") as refusal:
+        token()
+    assert refusal.value.where == "/proc/self/mem"
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,18 @@ def test_a_study_that_looks_which_films_can_be_read_is_held_and_can_be_stopped(
     assert told
     assert study.storage.list() == ["stop.json"]
 
+    def take_over() -> None:
+        while not study.storage.exists("lock.json"):
+            time.sleep(0.01)
+        study.storage.write_json("lock.json", {**study.storage.read_json("lock.json"), "token": "another"})
+        write_stop(study, "the other one")
+
+    other = threading.Thread(target=take_over)
+    other.start()
+    with pytest.raises(StudyError, match="another driver took this study over"):
+        run(experiment)
+    other.join()
+
 
 def test_only_failed_where_nothing_failed_says_what_is_left(films: Path, tmp_path: Path) -> None:
     plan, root = tiny.planned(films, tmp_path)

@@ -13,6 +13,7 @@ from raystudy.orchestrate.driver import run_study
 from raystudy.orchestrate.initial_weights import check_initial_weights, searched_models
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.search import search_experiment
+from raystudy.protopnet.model import ProtoPNet
 from raystudy.protopnet.settings import ModelSettings
 from raystudy.storage import open_storage
 from tests.orchestrate import tiny
@@ -47,6 +48,17 @@ def test_weights_that_a_search_could_choose_are_refused_before_its_first_trial(f
     search = {"space": space, "trials": 6, "algorithm": "random", "mixtures": [50]}
     refused = refuse(films, tmp_path / "studies", "none", search=search)
     assert "nowhere.safetensors: the weights cannot be read: No such file" in refused
+
+
+def test_weights_that_do_not_fit_every_searched_network_are_named_with_the_values(films: Path, tmp_path: Path) -> None:
+    file = tmp_path / "r18.safetensors"
+    safetensors.torch.save_file(ProtoPNet.from_settings(ModelSettings(backbone="resnet18")).backbone.state_dict(), file)
+    space = {"model.weights": {"choice": ["none", str(file)]}, "model.backbone": {"choice": ["resnet18", "resnet34"]}}
+    search = {"space": space, "trials": 6, "algorithm": "random", "mixtures": [50]}
+    refused = refuse(films, tmp_path / "studies", "none", search=search)
+    assert refused.startswith("search.space: ")
+    assert "weights of another network" in refused
+    assert f"with model.weights = {file}, model.backbone = resnet34" in refused
 
 
 def test_a_search_asks_for_every_combination_of_weights_and_backbones_and_for_nothing_else() -> None:

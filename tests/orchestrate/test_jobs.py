@@ -145,8 +145,11 @@ def test_a_newer_study_is_refused_before_a_job_is_made(space: Space, long_study:
     newer = space.home / "studies" / "newer" / "plan.json"
     newer.parent.mkdir(parents=True)
     newer.write_text(json.dumps({"format": 99}))
-    done = space.raystudy("submit", long_study, "--address", HERE, "--set", "name=newer")
-    assert (done.returncode, "newer raystudy" in done.stderr) == (2, True), done.stderr
+    newer.with_name("lock.json").write_text(json.dumps({"owner": "process 1 on gone", "host": "gone", "token": "t"}))
+    for verb, *more in (("submit", "--address", HERE), ("stop",)):
+        done = space.raystudy(verb, long_study, *more, "--set", "name=newer")
+        assert (done.returncode, "newer raystudy" in done.stderr) == (2, True), done.stderr
+    assert {file.name for file in newer.parent.iterdir()} == {"plan.json", "lock.json"}
     assert job_names(space) == before
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from raystudy.config import SearchRange
 from raystudy.errors import StudyError
 from raystudy.orchestrate.assignment import STOPPED
 from raystudy.orchestrate.driver import Executor, run_study
@@ -14,6 +15,7 @@ from raystudy.orchestrate.ledger import Ledger
 from raystudy.orchestrate.plan import plan_study
 from raystudy.orchestrate.progress import Silent
 from raystudy.orchestrate.search import Halving, SearchBook, Suggestion, search_experiment, value_of
+from raystudy.orchestrate.search_draws import Known, optuna_draws
 from raystudy.orchestrate.state import Outcome
 from raystudy.results import read_sealed, write_sealed
 from raystudy.storage import Storage, open_storage
@@ -73,6 +75,11 @@ def stop_early(found: SearchBook, trial_id: str, accuracy: float) -> None:
 
 def texts(storage: Path) -> dict[str, bytes]:
     return {p.name + p.parent.name: p.read_bytes() for p in (storage / "tiny" / "search").glob("*/*.json")}
+
+
+def diverge(found: SearchBook, trial_id: str) -> None:
+    found.study.trial(trial_id).write_json("result.json", {"status": "diverged", "tests": {}, "selected": None})
+    found.observe(trial_id, value_of(found.study, trial_id))
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
@@ -146,16 +153,40 @@ def test_the_best_suggestion_is_one_that_was_trained_to_its_end(films: Path, tmp
         best = known.best()
         assert best is not None
         assert (best[0].number, best[1]) == (0, 75.0)
-        assert (known.observed, known.stopped) == ({0: 75.0, 1: 98.0, 2: 92.5, 3: 67.0}, {1, 2})
+        assert known.observed == {0: 75.0, 1: 98.0, 2: 92.5, 3: 67.0}
+        assert known.ended == {0: "finished", 1: "stopped", 2: "stopped", 3: "finished"}
         assert known.verdict().startswith("best of 4 (2 stopped early): 75.0 %")
     storage = found.study.storage
     kept = {n: read_sealed(storage, f"search/observations/{n:06d}.json") or {} for n in range(4)}
-    assert [kept[n]["stopped"] for n in range(4)] == [[], trials[2:4], [trials[5]], []]
+    assert {n: note["ended"] for n, note in kept.items()} == found.ended
     for n, note in kept.items():  # as an earlier raystudy wrote them
         old = {key: note[key] for key in ("number", "objective", "trials")}
         write_sealed(storage, f"search/observations/{n:06d}.json", old, ())
     earlier = book(films, tmp_path, asked)
-    assert (earlier.observed, earlier.stopped) == (found.observed, {1, 2})
+    assert (earlier.observed, earlier.ended) == (found.observed, found.ended)
+
+
+def test_a_suggestion_that_diverged_ranks_behind_all_that_have_an_accuracy(films: Path, tmp_path: Path) -> None:
+    asked = ["search.trials=3"]
+    found = book(films, tmp_path, asked)
+    while found.suggest() is not None:
+        pass
+    first, *others = found.trials
+    diverge(found, first)
+    assert found.verdict().startswith("best of 1 (1 diverged): 0.0 %")
+    for trial_id, reached in zip(others, (88.0, 91.0), strict=True):
+        stop_early(found, trial_id, reached)
+    for known in (found, book(films, tmp_path, asked)):
+        assert known.verdict().startswith("best of 3 (2 stopped early, 1 diverged): 91.0 %")
+
+
+def test_optuna_is_drawn_away_from_what_diverged(films: Path, tmp_path: Path) -> None:
+    """The same values, once diverged and once stopped early: the first are the worse ones for the sampler."""
+    space = {"training.lr_backbone": SearchRange.model_validate_json('{"uniform": [0.1, 0.9]}')}
+    high = [Known({"training.lr_backbone": 0.85 + n / 1000}, 0.0, "diverged") for n in range(6)]
+    low = [Known({"training.lr_backbone": 0.1 + n / 100}, 60.0 + n, "stopped") for n in range(20)]
+    drawn = [next(optuna_draws(space, seed, 26, [*high, *low])) for seed in range(10)]
+    assert sum(values["training.lr_backbone"] for values in drawn) / len(drawn) < 0.5
 
 
 def test_optuna_is_not_drawn_to_what_was_stopped_early(films: Path, tmp_path: Path) -> None:
@@ -243,9 +274,14 @@ def test_a_space_without_any_valid_experiment_is_refused_before_anything_starts(
     algorithm: str, films: Path, tmp_path: Path
 ) -> None:
     space = {"training.epochs": {"choice": [2]}, "training.warm_epochs": {"choice": [6]}}
+    search = {**SEARCH, "space": space, "algorithm": algorithm}
+    root = open_storage(tmp_path)
+    plan = plan_study(search_experiment(tiny.experiment(films, tmp_path, LONGER, search=search)), root)
     with pytest.raises(StudyError, match=r"must lie in 0\.\.epochs = 2, got 6") as caught:
-        book_of(open_storage(tmp_path), films, LONGER, space=space, algorithm=algorithm)
+        run_study(plan, root, work=works.learn, executor="plain")
     assert caught.value.where == "search.space"
+    assert not root.list("tiny")
+    run_study(plan, root, work=works.learn, executor="plain", only_failed=True)  # asks for nothing new
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
@@ -258,10 +294,11 @@ def test_suggestions_that_a_changed_spec_no_longer_allows_are_left_out(
     while first.suggest() is not None:
         pass
     try_out(first, [90.0])  # of both
-    now = {**before, "space": {key: {"choice": [0, 1]}}, "trials": 4}
+    now = {**before, "space": {key: {"choice": [0, 1]}}}
     for suggested in (2, 0):
         found = book_of(root, films, ["training.epochs=4"], **now)
         assert "2 of" in (found.left_out() or "")
+        assert "no valid experiment any more" in (found.left_out() or "")
         assert [found.planned(s) for s in found.suggestions[:2]] == [[], []]
         more = [found.suggest() for _ in range(suggested)]
         assert all(s is not None and found.holds(s) for s in more)
@@ -346,7 +383,7 @@ def test_a_value_that_was_rounded_over_a_bound_is_still_of_its_space(films: Path
     for objective in (50.0, 60.0):
         suggestion = found.suggest()
         assert suggestion is not None
-        found.observed[suggestion.number] = objective
+        found.observed[suggestion.number], found.ended[suggestion.number] = objective, "finished"
     assert found.suggest() is not None
     assert found.left_out() is None
 
@@ -428,7 +465,7 @@ def test_a_trial_that_was_stopped_as_the_driver_died_gets_its_mark_and_is_not_tr
     assert [t.trial_id for t in ledger.missing_trials()] == trials[:2]
     try_out(again, [70.0, 80.0])
     assert again.observed == {0: 60.0}  # the mean of 70, 80, 50, 40 and 60
-    assert again.stopped == {0}
+    assert again.ended == {0: "stopped"}
 
 
 def test_halving_compares_no_trial_with_those_of_an_earlier_spec(tmp_path: Path) -> None:

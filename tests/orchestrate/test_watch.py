@@ -42,7 +42,7 @@ def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
     monkeypatch.setattr(Kept, "values", {})
     trial: Any = SimpleNamespace(trial_id=TRIAL, spec=SimpleNamespace(task="pneumonia", h1_share=50))
     study = Study(open_storage(tmp_path))
-    found = Watch(study, Silent(), {TRIAL: "waiting"}, StudyMetrics("s"))
+    found = Watch(study, Silent(), {TRIAL: "waiting"}, StudyMetrics("s", on_cluster=False))
     found.begin([trial])
     return found
 

@@ -125,17 +125,20 @@ def with_a_second_seed(study: Study) -> dict[str, str]:
 
 
 def test_figures_of_axis_values_that_are_paths_have_names_of_their_own(study: Study) -> None:
-    """The copies of seed 1 become another arm; but for the hyphen, both values are spelt alike in a file name."""
+    """The copies of seed 1 become another arm; but for a sign, both values are spelt alike in a file name."""
     others = with_a_second_seed(study)
-    for ids, value in ((others, "../../w.safetensors"), (others.values(), "../..-w.safetensors")):
-        for trial_id in ids:
-            respecify(study.trial(trial_id), seed=0, axes={"model.weights": value})
-    written = write_report(study)
-    assert len(written.sentences) == 2
-    names = [n for n in written.files if n.startswith("report/figures/accuracy_") and n.endswith(".png")]
-    assert len(names) == 2
-    assert all(n.startswith("report/figures/accuracy_pneumonia_.._.._w.safetensors_") for n in names)
-    assert set(study.storage.list("report")) == set(written.files)
+    long = "/".join(["a" * 60] * 5)
+    for values in (("../../w.safetensors", "../..-w.safetensors"), (f"{long}/1.safetensors", f"{long}/2.safetensors")):
+        for ids, value in zip((others, others.values()), values, strict=True):
+            for trial_id in ids:
+                respecify(study.trial(trial_id), seed=0, axes={"model.weights": value})
+        written = write_report(study)
+        assert len(written.sentences) == 2
+        names = [n for n in written.files if n.startswith("report/figures/accuracy_") and n.endswith(".png")]
+        assert len(names) == 2
+        spelt = values[0].replace("/", "_")[:70]
+        assert all(n.startswith(f"report/figures/accuracy_pneumonia_{spelt}") for n in names)
+        assert set(written.files) <= set(study.storage.list("report"))
 
 
 def test_every_interval_says_how_many_training_runs_it_covers(study: Study) -> None:
