@@ -86,8 +86,8 @@ WELL = {
     },
     "its own Ray ended before it could say that the last trial had": {
         f'{WAITING}WorkerId="1"': "2x5 0x5 stale",
-        f'{RUNNING}WorkerId="1"': "1x10 stale",
-        f'{ON_CLUSTER}WorkerId="1"': "0x10 stale",
+        f'{RUNNING}WorkerId="1"': "1x11 stale",
+        f'{ON_CLUSTER}WorkerId="1"': "0x11 stale",
     },
 }
 
