@@ -79,14 +79,19 @@ def submit(
     except BrokenPipeError:
         raise  # nobody reads the log here any more, as in `raystudy submit … | head`
     except (RuntimeError, ClientError, OSError) as error:  # of Ray's client, of the socket below it, of requests
-        reason = _first_line(error)
-        raise StudyError(
-            f"the connection is lost ({reason}); {job} goes on and holds the study, unless its head is down",
-            where=address,
-            remedy=f"look when the cluster answers again\n{hints}",
-        ) from None
+        raise _lost(address, job, _first_line(error), hints) from None
+    if not details.status.is_terminal():
+        raise _lost(address, job, "its log ended before the job", hints)
     print(f"{job}: {details.status.value}")
     return 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code or 1
+
+
+def _lost(address: str, job: str, reason: str, hints: str) -> StudyError:
+    return StudyError(
+        f"the connection is lost ({reason}); {job} goes on and holds the study, unless its head is down",
+        where=address,
+        remedy=f"look when the cluster answers again\n{hints}",
+    )
 
 
 def _first_line(error: Exception) -> str:

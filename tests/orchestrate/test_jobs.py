@@ -173,15 +173,20 @@ class LostDashboard(BaseHTTPRequestHandler):
             self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
             self.end_headers()
             self.wfile.write(b"\x81\x09it trains")
-            if self.lost == "after the log":
+            if self.lost.startswith("after the log"):
                 self.wfile.write(b"\x88\x02\x03\xe8")  # 1000: a normal end
+
+        elif self.lost == "after the log, and back":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"type": "SUBMISSION", "status": "RUNNING", "entrypoint": ""}).encode())
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
 
 
 @pytest.mark.filterwarnings("ignore:ssl=None is deprecated")  # Ray's client
-@pytest.mark.parametrize("lost", ["before the log", "in the log", "after the log"])
+@pytest.mark.parametrize("lost", ["before the log", "in the log", "after the log", "after the log, and back"])
 def test_a_connection_that_is_lost_while_a_job_is_followed_is_told_with_the_ways_to_see_it(
     lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
