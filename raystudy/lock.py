@@ -221,6 +221,7 @@ def gone_from_here(holder: dict[str, Any]) -> bool | None:
         return True if here["machine"] and holder.get("machine") == here["machine"] else None  # it was rebooted
     if holder.get("pid_namespace") != here["pid_namespace"]:
         return None
-    pid = holder.get("pid")
-    started = _start_time(pid) if isinstance(pid, int) else ""
+    if not isinstance(pid := holder.get("pid"), int):
+        return None
+    started = _start_time(pid)
     return not started or started != holder.get("started")

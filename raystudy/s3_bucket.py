@@ -217,6 +217,8 @@ def _check_environment(where: str) -> None:
     ------
     StudyError : names the variable; its value only where it holds no secret.
     """
+    if os.environ.get("AWS_ENDPOINT_URL_S3") == "":  # which obstore would take, as no other variable
+        raise StudyError("AWS_ENDPOINT_URL_S3 is set, but empty", where=where, remedy="unset AWS_ENDPOINT_URL_S3")
     name, server = _first_set("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # obstore reads the last one
     if server and not _is_server(server):
         shown = "" if "@" in server or "?" in server else f" {server!r}"

@@ -36,14 +36,14 @@ def token() -> str | None:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if os.environ.get("RAY_AUTH_TOKEN"):
         where, found = "RAY_AUTH_TOKEN", os.environ["RAY_AUTH_TOKEN"].strip()
-    elif path.is_file():
+    else:
         where = str(path)
         try:
+            if not path.is_file():
+                return None
             found = path.read_text(encoding="utf-8", errors="replace").strip()
         except OSError as error:
             raise StudyError(f"the token cannot be read: {error.strerror}", where=where, remedy=TOKEN_REMEDY) from error
-    else:
-        return None
     if not re.fullmatch(r"[!-~]+", found):
         rule = "one line of ASCII letters, digits and signs, without blanks"
         raise StudyError(f"the token is malformed: it must be {rule}", where=where, remedy=TOKEN_REMEDY)

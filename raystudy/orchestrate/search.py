@@ -107,9 +107,11 @@ class SearchBook:
             kept = read_sealed(storage, path) or {}
             number = int(kept["number"])
             wanted = {trial.trial_id for trial in self._trials_of(number)}
-            if wanted and set(kept["trials"]) == wanted:  # else of an earlier spec, or of other seeds
-                self.observed[number] = float(kept["objective"])
-                self.ended[number] = kept["ended"] if "ended" in kept else self._worst_end(wanted)
+            if not wanted or set(kept["trials"]) != wanted:
+                continue  # of an earlier spec, or of other seeds
+            ended = kept["ended"] if "ended" in kept else self._worst_end(wanted)
+            if ended is not None:
+                self.ended[number], self.observed[number] = ended, float(kept["objective"])
         for trial_id, numbers in self._of_trial.items():
             if not self.observed.keys() >= set(numbers):  # of other trials, or a run ended before it was written
                 self._observe_known(trial_id)
@@ -144,7 +146,7 @@ class SearchBook:
         outside = sum(not self.holds(suggestion) for suggestion in self.suggestions) - invalid
         told = {
             f"{outside} of {total} suggestions are outside search.space now: only their trials are kept": outside,
-            f"{invalid} of {total} suggestions are no valid experiment any more: others are drawn": invalid,
+            f"{invalid} of {total} suggestions are no valid experiment any more: they do not count": invalid,
         }
         return "\n".join(line for line, n in told.items() if n) or None
 
@@ -247,8 +249,11 @@ class SearchBook:
         note = {"number": number, "objective": self.observed[number], "trials": trials, "ended": self.ended[number]}
         write_sealed(self.study.storage, f"{FOLDER}/observations/{number:06d}.json", note, ())
 
-    def _worst_end(self, trial_ids: Iterable[str]) -> Ended:
-        return _worst(r for r in (value_of(self.study, t) for t in trial_ids) if r is not None)
+    def _worst_end(self, trial_ids: Iterable[str]) -> Ended | None:
+        """Return what an observation of an earlier raystudy did not tell; None when a trial is to be observed again."""
+        trials = [value_of(self.study, trial_id) for trial_id in trial_ids]
+        known = [reached for reached in trials if reached is not None]
+        return _worst(known) if len(known) == len(trials) else None
 
     def best(self) -> tuple[Suggestion, float] | None:
         """Return the best suggestion: one that was trained to its end, if any was; the earlier of equals."""
@@ -285,7 +290,7 @@ class SearchBook:
 
 
 def _worst(trials: Iterable[Reached]) -> Ended:
-    return ENDS[max((ENDS.index(reached.ended) for reached in trials), default=0)]
+    return ENDS[max(ENDS.index(reached.ended) for reached in trials)]
 
 
 def check_space(search: Search) -> None:

@@ -31,7 +31,7 @@ SUPERPOSED = {
     "score": "scaled to its maximum, summed by score",
     "maximum": "scaled to its maximum, the largest of them",
 }
-LONGEST_SLUG = 80  # a file's name has at most 255 bytes
+LONGEST_SLUG = 80  # in bytes; a file's name has at most 255
 FIGURES_OF_FILMS = "films"  # file names that begin so show films; they leave the study directory only when allowed
 
 
@@ -105,8 +105,9 @@ def _slugs(arms: Sequence[dict[str, object]]) -> list[str]:
         slug = "".join(c if c.isalnum() or c in "_." else "_" for c in text)
         found.append(f"{slug}_cohort{arm['cohort_seed']}" if cohorts else slug)
     sums = [hashlib.sha256(repr(sorted(arm.items())).encode()).hexdigest()[:8] for arm in arms]
-    plain = [len(slug) <= LONGEST_SLUG and found.count(slug) == 1 for slug in found]
-    return [slug if one else f"{slug[:LONGEST_SLUG]}_{own}" for slug, one, own in zip(found, plain, sums, strict=True)]
+    short = [slug.encode()[:LONGEST_SLUG].decode(errors="ignore") for slug in found]
+    plain = [slug == cut and found.count(slug) == 1 for slug, cut in zip(found, short, strict=True)]
+    return [cut if one else f"{cut}_{own}" for cut, one, own in zip(short, plain, sums, strict=True)]
 
 
 def _section(

@@ -226,12 +226,13 @@ def test_a_malformed_token_is_named_as_such_and_not_told(
     assert "ray get-auth-token" in str(refusal.value)
 
 
-def test_a_token_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["/proc/self/mem", f"/{'a' * 300}"])  # its first page has nobody; no file has its name
+def test_a_token_file_that_cannot_be_read_is_named(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/proc/self/mem")  # a file whose first page nobody can read
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", path)
     with pytest.raises(StudyError, match="the token cannot be read: ") as refusal:
         token()
-    assert refusal.value.where == "/proc/self/mem"
+    assert refusal.value.where == path
 
 
 @pytest.mark.parametrize(

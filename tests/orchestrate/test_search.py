@@ -164,6 +164,8 @@ def test_the_best_suggestion_is_one_that_was_trained_to_its_end(films: Path, tmp
         write_sealed(storage, f"search/observations/{n:06d}.json", old, ())
     earlier = book(films, tmp_path, asked)
     assert (earlier.observed, earlier.ended) == (found.observed, found.ended)
+    found.study.trial(trials[5]).delete(STOPPED)  # then nothing tells how it ended
+    assert set(book(films, tmp_path, asked).observed) == {0, 1, 3}
 
 
 def test_a_suggestion_that_diverged_ranks_behind_all_that_have_an_accuracy(films: Path, tmp_path: Path) -> None:

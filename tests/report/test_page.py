@@ -124,21 +124,31 @@ def with_a_second_seed(study: Study) -> dict[str, str]:
     return others
 
 
-def test_figures_of_axis_values_that_are_paths_have_names_of_their_own(study: Study) -> None:
+LONG = "/".join(["胸部" * 30] * 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "spelt"),
+    [
+        (("../../w.safetensors", "../..-w.safetensors"), ".._.._w.safetensors"),
+        ((f"{LONG}/1.safetensors", f"{LONG}/2.safetensors"), "胸部" * 11 + "胸"),
+    ],
+    ids=["alike", "long"],
+)
+def test_figures_of_axis_values_that_are_paths_have_names_of_their_own(
+    values: tuple[str, str], spelt: str, study: Study
+) -> None:
     """The copies of seed 1 become another arm; but for a sign, both values are spelt alike in a file name."""
     others = with_a_second_seed(study)
-    long = "/".join(["a" * 60] * 5)
-    for values in (("../../w.safetensors", "../..-w.safetensors"), (f"{long}/1.safetensors", f"{long}/2.safetensors")):
-        for ids, value in zip((others, others.values()), values, strict=True):
-            for trial_id in ids:
-                respecify(study.trial(trial_id), seed=0, axes={"model.weights": value})
-        written = write_report(study)
-        assert len(written.sentences) == 2
-        names = [n for n in written.files if n.startswith("report/figures/accuracy_") and n.endswith(".png")]
-        assert len(names) == 2
-        spelt = values[0].replace("/", "_")[:70]
-        assert all(n.startswith(f"report/figures/accuracy_pneumonia_{spelt}") for n in names)
-        assert set(written.files) <= set(study.storage.list("report"))
+    for ids, value in zip((others, others.values()), values, strict=True):
+        for trial_id in ids:
+            respecify(study.trial(trial_id), seed=0, axes={"model.weights": value})
+    written = write_report(study)
+    assert len(written.sentences) == 2
+    names = [n for n in written.files if n.startswith("report/figures/accuracy_") and n.endswith(".png")]
+    assert len(names) == 2
+    assert all(n.startswith(f"report/figures/accuracy_pneumonia_{spelt}_") for n in names)
+    assert set(study.storage.list("report")) == set(written.files)
 
 
 def test_every_interval_says_how_many_training_runs_it_covers(study: Study) -> None:
