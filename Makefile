@@ -26,9 +26,10 @@ check: $(VENV)/test-installed
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# Ray is as polite to other processes as it is by default: here that would be the tests that run beside it.
 test: $(VENV)/test-installed check
 	tests/install_system_packages.sh
-	$(QUIET_SERVICES) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "not cluster and not faults"
+	$(QUIET_SERVICES) OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/pytest -q -n 2 --dist loadfile -m "not cluster and not faults"
 
 bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks

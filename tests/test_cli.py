@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,15 +25,38 @@ RAYSTUDY = str(Path(sys.executable).parent / "raystudy")
 DEMO = Path(__file__).parents[1] / "experiments/demo.yaml"
 VERBS = ("plan", "prepare", "run", "status", "report", "explain", "submit", "stop", "doctor")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
+GUARD_SECONDS = 240  # nothing here lasts so long; a test that hangs fails
 
 
-def raystudy(*arguments: object, timeout: int = 240) -> tuple[int, str]:
+def raystudy(*arguments: object, timeout: int = GUARD_SECONDS) -> tuple[int, str]:
     """Run the command; return its exit code and everything it printed."""
     done = subprocess.run(
         [RAYSTUDY, *map(str, arguments)],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout
+
+
+@contextmanager
+def started(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a command in a session of its own; a test that fails leaves nothing of it."""
+    process = subprocess.Popen(
+        words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + GUARD_SECONDS
+    while not true():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def refused(*arguments: object) -> str:
@@ -124,17 +148,14 @@ def test_missing_and_unreadable_films_are_refused_by_name(tmp_path: Path) -> Non
 def test_ctrl_c_ends_with_130_and_checkpoints_for_the_same_command(tmp_path: Path) -> None:
     file = tiny.experiment_file(tmp_path, tmp_path / "studies", mixtures=[50], explain={"enabled": False})
     more = ("--set", "training.epochs=400", "--set", "training.projection_interval=400")
-    process = subprocess.Popen(
-        [RAYSTUDY, "run", str(file), *more],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not any('"epoch"' in e.read_text() for e in tmp_path.glob("studies/tiny/trials/*/events")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output = process.communicate(timeout=90)[0]
+
+    def trains() -> bool:
+        return any('"epoch"' in e.read_text() for e in tmp_path.glob("studies/tiny/trials/*/events"))
+
+    with started(RAYSTUDY, "run", str(file), *more) as process:
+        wait_until(trains, process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output = process.communicate(timeout=GUARD_SECONDS)[0]
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert "same command" in output
@@ -197,19 +218,17 @@ def test_a_signal_while_films_are_written_ends_with_130_and_leaves_whole_films(
     tree = yaml.safe_load(DEMO.read_text()) | {"storage": str(tmp_path)}
     file = tmp_path / "phantoms.yaml"
     file.write_text(yaml.safe_dump(tree))
-    process = subprocess.Popen(
-        ["env", "--default-signal=INT", RAYSTUDY, "prepare", str(file)],  # background jobs of a shell ignore it
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not has_a_worker(process.pid) or len(list(tmp_path.glob("_phantoms/*/*.png"))) < films:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    if not films:
-        time.sleep(0.3)  # the workers import for about a second, and a traceback takes a Python that has begun
-    send(process.pid, number)
-    output = process.communicate(timeout=90)[0]
+
+    def writes() -> bool:
+        return has_a_worker(process.pid) and len(list(tmp_path.glob("_phantoms/*/*.png"))) >= films
+
+    # background jobs of a shell ignore the signal
+    with started("env", "--default-signal=INT", RAYSTUDY, "prepare", str(file)) as process:
+        wait_until(writes, process)
+        if not films:
+            time.sleep(0.3)  # the workers import for about a second, and a traceback takes a Python that has begun
+        send(process.pid, number)
+        output = process.communicate(timeout=GUARD_SECONDS)[0]
     assert process.returncode == 130, output
     for fault in ("Traceback", "Fatal Python error"):
         assert fault not in output

@@ -341,9 +341,8 @@ def test_the_end_of_a_study_waits_for_no_dead_server(tiny_study: TinyStudy, tmp_
     mirror = Mirror(study, Tracking(uri=f"http://127.0.0.1:{free_port()}"))
     began = time.monotonic()
     mirror.start()
-    assert time.monotonic() - began < 1
     assert not mirror.close()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < raystudy.mirror.CLOSING_SECONDS / 3
 
 
 def test_the_end_of_a_study_waits_for_no_silent_server(
@@ -355,7 +354,7 @@ def test_the_end_of_a_study_waits_for_no_silent_server(
         mirror.start()
         began = time.monotonic()
         assert not mirror.close()
-        assert 1 < time.monotonic() - began < 5
+        assert 1 < time.monotonic() - began < raystudy.mirror.CLOSING_SECONDS / 3
 
 
 def test_repair_names_a_server_that_does_not_answer(tiny_study: TinyStudy, tmp_path: Path) -> None:

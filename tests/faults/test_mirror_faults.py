@@ -69,7 +69,7 @@ def test_every_datum_is_there_once_after_a_server_was(
         mirror.start()
         for _ in steps:
             time.sleep(0.02)
-        assert time.monotonic() - began < 5  # nobody waited for it
+        assert time.monotonic() - began < 30  # nobody waited for it
         closing = time.monotonic()
         mirror.close()
         assert time.monotonic() - closing < 60

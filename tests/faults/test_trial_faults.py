@@ -56,7 +56,7 @@ def next_stage(events: list[dict[str, object]]) -> str:
 
 def start(folder: Path, trial: TrialSpec, stage: str | None = None, polls: int = 0) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["raystudy.trial", "tests.trial_example"])
+    context.set_forkserver_preload(["raystudy.trial", "raystudy.torchvision_shim", "tests.trial_example"])
     process = context.Process(target=run_until_killed, args=(str(folder), trial, stage, polls))
     process.start()
     return process

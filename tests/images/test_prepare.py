@@ -224,7 +224,6 @@ def test_a_storage_that_refuses_in_a_worker_is_one_message_too(tmp_path: Path) -
         prepare_images(table, SETTINGS, root.child("studies"))
 
 
-@pytest.mark.timeout(120)
 def test_a_film_that_kills_its_worker_is_quarantined_and_the_others_are_prepared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +248,6 @@ def test_a_film_that_kills_its_worker_is_quarantined_and_the_others_are_prepared
     assert (again.n_new, len(again.quarantine)) == (1, 0)
 
 
-@pytest.mark.timeout(120)
 def test_workers_that_die_on_every_film_end_prepare_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "MOST_DEATHS", 1)
     monkeypatch.setattr(prepare, "TRIES", 2)
@@ -262,7 +260,6 @@ def test_workers_that_die_on_every_film_end_prepare_by_name(tmp_path: Path, monk
     assert str(table["uri"][0]) in str(refusal.value)
 
 
-@pytest.mark.timeout(120)
 def test_a_killed_prepare_goes_on_and_repeats_at_most_its_block(tmp_path: Path) -> None:
     """The driver dies by SIGKILL while a task is in the middle; finished blocks are kept."""
     root = open_storage(tmp_path)

@@ -94,6 +94,7 @@ class Space:
         """Return an environment that knows no token, no address and no cluster of this machine's user."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
+        quiet |= {k: v for k, v in os.environ.items() if k == "RAY_worker_niceness"}
         path = f"{BIN}:{os.environ.get('PATH', '/usr/bin:/bin')}"
         return {**kept, **quiet, "PATH": path, "HOME": str(self.home), **more}
 
@@ -101,7 +102,7 @@ class Space:
         return subprocess.run(
             self.elsewhere(*words) if elsewhere else self.command(*words),
             env=self.environment(**more), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=240, check=False, cwd=self.home,
+            timeout=480, check=False, cwd=self.home,
         )  # fmt: skip
 
     def raystudy(self, *words: str | Path, elsewhere: bool = False) -> subprocess.CompletedProcess[str]:

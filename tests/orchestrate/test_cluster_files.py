@@ -135,7 +135,7 @@ def test_the_services_of_the_head_start_once_and_prometheus_finds_the_nodes(spac
         "s3://BUCKET-YOURS/mlflow": "artifacts",
     }
     shutil.copytree(ROOT / "dashboards", space.home / "raystudy" / "dashboards")
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_WORKERS": "1"}
 
     def start() -> None:
         for command in head:

@@ -84,7 +84,9 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     environment = {"RAY_TMPDIR": str(ray_folder), "RAY_metrics_report_interval_ms": "1000"}
     text = (DASHBOARDS / "prometheus.yml").read_text()
     assert DISCOVERY in text
-    text = text.replace(DISCOVERY, str(ray_folder / DISCOVERY.removeprefix("/tmp/"))).replace(" 10s", " 1s")
+    text = text.replace(DISCOVERY, str(ray_folder / DISCOVERY.removeprefix("/tmp/")))
+    # A scrape may take no longer than its interval: a second is too little on a machine that does other work.
+    text = text.replace("scrape_interval: 10s", "scrape_interval: 5s").replace(" 10s", " 1s")
     (folder / "prometheus.yml").write_text(text)
     shutil.copy(DASHBOARDS / "alerts.yml", folder)
     server = Prometheus(f"http://127.0.0.1:{free_port()}")
@@ -151,7 +153,8 @@ def test_what_is_shown_is_what_happens(prometheus: Prometheus) -> None:
     assert prometheus.value("ray_raystudy_explanation_queue") == 0
     assert prometheus.value("ray_raystudy_retries_total") == 0  # a counter is there before it counts
     assert prometheus.value("ray_raystudy_quarantined_images") > 0
-    assert {t["health"] for t in prometheus.get("targets")["activeTargets"]} == {"up"}
+    eventually(lambda: [t for t in prometheus.get("targets")["activeTargets"] if t["health"] != "up"])
+    assert prometheus.get("targets")["activeTargets"]
 
 
 def test_films_that_cannot_be_read_raise_their_alert_and_no_other(prometheus: Prometheus) -> None:

@@ -62,7 +62,8 @@ def run(commands: list[Command]) -> list[Answer]:
     import raystudy.orchestrate.driver
     import raystudy.orchestrate.jobs
     import raystudy.report.page
-    import raystudy.report.single  # noqa: F401
+    import raystudy.report.single
+    import raystudy.torchvision_shim  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
         fork = multiprocessing.get_context("fork")
