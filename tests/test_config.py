@@ -398,7 +398,7 @@ scraps = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tree=st.dictionaries(keys | st.integers() | st.none() | st.booleans(), trees, max_size=5),
     text=scraps,
@@ -410,7 +410,7 @@ def test_any_text_is_an_experiment_or_a_refusal(tree: dict[str, object], text: s
         assert "check.yaml" in message or not message
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.lists(keys, min_size=1, max_size=3).map(".".join), value=trees.map(yaml.safe_dump) | scraps)
 def test_any_override_is_taken_or_refused(key: str, value: str, tmp_path: Path) -> None:
     message = outcome(tmp_path, BASE, f"{key}={value}")

@@ -29,7 +29,7 @@ LACKING = missing_tools()
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(480),
+    pytest.mark.timeout(900),  # ends what hangs
     pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}"),
 ]
 

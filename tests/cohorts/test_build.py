@@ -50,7 +50,7 @@ def drawn(seed: int, mixtures: tuple[int, ...], given_split: bool, policies: dic
         raise
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, MIXTURES, st.booleans(), POLICIES)
 def test_no_patient_stands_in_two_splits_and_no_film_twice(
     seed: int, mixtures: tuple[int, ...], given_split: bool, policies: dict[str, object]
@@ -67,7 +67,7 @@ def test_no_patient_stands_in_two_splits_and_no_film_twice(
         assert not tests.duplicated(["image_id", "test_set"]).any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, st.integers(0, 100), st.booleans(), POLICIES)
 def test_classes_balance_and_shares_mirror_at_any_mixture(
     seed: int, x: int, given_split: bool, policies: dict[str, object]
@@ -89,7 +89,7 @@ def test_classes_balance_and_shares_mirror_at_any_mixture(
                 assert len(frame) == 2 * n
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, st.integers(0, 100), st.integers(0, 100))
 def test_neighbouring_mixtures_share_a_prefix(seed: int, a: int, b: int) -> None:
     low, high = sorted((a, b))
@@ -102,7 +102,7 @@ def test_neighbouring_mixtures_share_a_prefix(seed: int, a: int, b: int) -> None
         assert cell(fewer, "H1", 0) >= cell(more, "H1", 0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, POLICIES)
 def test_same_seed_gives_the_same_cohort_whatever_else_is_asked(seed: int, policies: dict[str, object]) -> None:
     assume(policies.get("nesting") != "independent")
@@ -129,7 +129,7 @@ def test_independent_nesting_draws_anew_for_each_mixture_but_tests_stay() -> Non
     pd.testing.assert_frame_equal(anew.tests("pneumonia", 0), nested.tests("pneumonia", 0))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.sampled_from(["train", "val", "test"]), st.integers(1, 50))
 def test_a_cell_with_too_few_films_is_refused_with_have_and_need(seed: int, split: str, excess: int) -> None:
     cohorts = drawn(seed, (0, 100), True, {})

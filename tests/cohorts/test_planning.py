@@ -167,7 +167,7 @@ def test_every_true_accuracy_is_attainable_as_printed(n: int, k: int, decimals: 
     assert attainable(f"{100 * k / n:.{decimals}f}", n).ok
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(2000, 8000), st.integers(30, 120))
 def test_nearest_n_is_the_first_that_a_search_finds(hundredths: int, n: int) -> None:
     def fits(m: int) -> bool:  # |100 k/m − p| ≤ half a hundredth, in integers

@@ -164,7 +164,7 @@ def test_resamples_depend_on_the_set_of_patients_only() -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_intervals_hold_their_estimate_and_stay_within_bounds(seed: int, k: int) -> None:
     rng = np.random.default_rng(seed)
     correct = (rng.random((30, k)) < rng.random()).astype(float)

@@ -81,7 +81,7 @@ def test_a_film_of_another_class_is_no_source_however_near() -> None:
     assert record.image_ids[0] != "film 2"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cuts=st.sets(st.integers(1, N - 1), max_size=4), order=st.randoms(use_true_random=False))
 def test_shards_merge_to_the_same_sources_in_any_order(cuts: set[int], order: object) -> None:
     model, z = network(), patches(levels=2)
