@@ -158,10 +158,10 @@ def status(
     if not watch:
         Console(width=None if sys.stdout.isatty() else WIDE).print(table(study.status()))
         return
-    with Live(table(study.status()), refresh_per_second=2) as live:
+    with Live(table(study.status(), may_be_cut=True), refresh_per_second=2) as live:
         while True:
             now = study.status()
-            live.update(table(now))
+            live.update(table(now, may_be_cut=True))
             if not now.counts["running"] and not now.driver:
                 return
             time.sleep(2)

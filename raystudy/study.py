@@ -174,8 +174,9 @@ class Study:
         """Return the files of every trial directory, by trial id, from one listing."""
         found: dict[str, set[str]] = {}
         for path in self.storage.list("trials"):
-            _, trial_id, name = path.split("/", 2)
-            found.setdefault(trial_id, set()).add(name)
+            trial_id, inside, name = path.removeprefix("trials/").partition("/")
+            if inside:  # a file beside the trials is nobody's, such as a file browser's notes
+                found.setdefault(trial_id, set()).add(name)
         return found
 
     def finished(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:

@@ -10,10 +10,10 @@ from raystudy.study import STATES, StudyStatus, TrialStatus
 IDS = ("pneumonia-h1_060-seed0-3fa9c1", "abnormality-h1_100-seed12-c7737a")
 
 
-def shown(*trials: TrialStatus) -> str:
+def shown(*trials: TrialStatus, **how: bool) -> str:
     counts = {s: sum(t.state == s for t in trials) for s in STATES}
     sink = io.StringIO()
-    Console(file=sink, width=80).print(table(StudyStatus("s", "u", trials, None, counts)))
+    Console(file=sink, width=80).print(table(StudyStatus("s", "u", trials, None, counts), **how))
     return sink.getvalue()
 
 
@@ -34,6 +34,15 @@ def test_a_running_trial_tells_stage_speed_and_time_left_and_a_failed_one_its_me
     for part in (*IDS, "joint", "3/8", "201", "0:01:01", f"{IDS[1]}: OSError: [disk] full"):
         assert part in text
     assert clock(None) == "–"
+
+
+def test_on_a_screen_that_is_too_low_what_is_cut_off_is_what_is_done() -> None:
+    trials = [TrialStatus(f"done-{n}", "finished") for n in range(30)]
+    text = shown(
+        *trials, TrialStatus("bad", "failed", message="no memory"), TrialStatus("on", "running"), may_be_cut=True
+    )
+    assert [line.split()[0] for line in text.splitlines()[2:] if line.strip("─")][:4] == ["bad:", "trial", "on", "bad"]
+    assert text.count("done-") == 30
 
 
 def test_a_study_tells_how_long_its_training_goes_on() -> None:

@@ -146,3 +146,10 @@ def test_a_changed_plan_is_named(tmp_path: Path, change: bytes, to: bytes) -> No
 def test_a_newer_study_is_told_before_its_seal_is_looked_at(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="newer raystudy"):
         with_plan(tmp_path, b'"format": 1', b'"format": 2').require()
+
+
+def test_a_file_beside_the_trials_is_nobodys(tmp_path: Path) -> None:
+    study = study_with(tmp_path, **finished())
+    study.storage.write_bytes("trials/.DS_Store", b"")
+    assert set(study.files()) == {TRIAL}
+    assert [t.state for t in study.status().trials] == ["finished"]
