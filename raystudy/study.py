@@ -37,6 +37,7 @@ PLAN = "plan.json"
 IMAGES = "images.json"
 FORMAT_VERSION = 1  # of the study directory; raised when an older raystudy could no longer read it
 SECTIONS = ("study_seed", "sources", "model", "training", "explain", "notes")  # what is read from experiment.yaml
+Lock = dict[str, Any] | None  # the record of a living driver's lock
 HEARTBEAT_SECONDS = 60  # a driver that has not touched its lock for so long is taken for dead by `status` and `report`
 
 
@@ -63,7 +64,7 @@ class StudyStatus:
     study: str
     uri: str
     trials: tuple[TrialStatus, ...]
-    driver: dict[str, Any] | None = None
+    driver: Lock = None
     counts: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -231,7 +232,7 @@ class Study:
         store = {path: _sha256(self._root, path) for path in tables}
         write_sealed(self.storage, IMAGES, {"keys": wanted, "store": store}, ())
 
-    def driver(self) -> dict[str, Any] | None:
+    def driver(self) -> Lock:
         """Return the lock's record when a driver holds the study and has been heard of lately."""
         try:
             lock = dict(self.storage.read_json("lock.json"))
@@ -248,14 +249,14 @@ class Study:
         ids, jobs = list(plan["trials"]), plan.get("explain", {})
 
         def look(trial_id: str) -> TrialStatus:
-            return self._trial_status(trial_id, files.get(trial_id, set()), jobs.get(trial_id, {}), driver is not None)
+            return self._trial_status(trial_id, files.get(trial_id, set()), jobs.get(trial_id, {}), driver)
 
         with ThreadPoolExecutor(16) as pool:  # for storage that answers late; a local folder is quicker without
             trials = tuple(map(look, ids) if self.storage.is_local else pool.map(look, ids))
         counts = {state: sum(t.state == state for t in trials) for state in STATES}
         return StudyStatus(self.name, self.storage.uri, trials, driver, counts)
 
-    def _trial_status(self, trial_id: str, names: set[str], jobs: Mapping[str, str], driver_alive: bool) -> TrialStatus:
+    def _trial_status(self, trial_id: str, names: set[str], jobs: Mapping[str, str], driver: Lock) -> TrialStatus:
         directory = self.trial(trial_id)
         explained = tuple(sorted(key for key in jobs.values() if f"explain/{key}/done.json" in names))
         if "result.json" in names:
@@ -270,7 +271,7 @@ class Study:
         events = [e for e in events if isinstance(e.get("event"), str) and isinstance(e.get("time"), int | float)]
         if not events:
             return TrialStatus(trial_id, "waiting")
-        return _running(trial_id, events, driver_alive)
+        return _running(trial_id, events, driver)
 
 
 def _format_of(data: bytes) -> int:
@@ -346,13 +347,17 @@ def _outline(directory: Storage) -> dict[str, Any]:
         return directory.read_json("result.json")  # of another spelling, or damaged
 
 
-def _running(trial_id: str, events: list[dict[str, Any]], driver_alive: bool) -> TrialStatus:
+def _running(trial_id: str, events: list[dict[str, Any]], driver: Lock) -> TrialStatus:
     def latest(key: str) -> float | None:
         return next((e[key] for e in reversed(events) if isinstance(e.get(key), int | float)), None)
 
     epoch, epochs = int(latest("epoch") or 0), int(latest("epochs") or 0)
     stage = next((e["stage"] for e in reversed(events) if isinstance(e.get("stage"), str)), "")
-    state: State = "running" if driver_alive and events[-1]["event"] != "interrupted" else "interrupted"
+    last = events[-1]
+    lives = driver is not None and last.get("driver", driver.get("token")) == driver.get(
+        "token"
+    )  # not an earlier one's
+    state: State = "running" if lives and last["event"] != "interrupted" else "interrupted"
     starts = [e for e in events if e["event"] in ("started", "resumed")]
     left = None
     if state == "running" and starts and epochs:

@@ -153,3 +153,14 @@ def test_a_file_beside_the_trials_is_nobodys(tmp_path: Path) -> None:
     study.storage.write_bytes("trials/.DS_Store", b"")
     assert set(study.files()) == {TRIAL}
     assert [t.state for t in study.status().trials] == ["finished"]
+
+
+def test_a_trial_of_an_earlier_driver_is_not_running(tmp_path: Path) -> None:
+    study = study_with(tmp_path)
+    study.trial(TRIAL).delete("result.json")
+    event = {"time": 1.0, "event": "epoch", "stage": "joint", "epoch": 1, "epochs": 5}
+    with locked(study.storage) as lock:
+        for of, state in (("an earlier one", "interrupted"), (lock.token, "running")):
+            study.trial(TRIAL).append_event("events", {**event, "driver": of})
+            assert [t.state for t in study.status().trials] == [state]
+    assert [t.state for t in study.status().trials] == ["interrupted"]

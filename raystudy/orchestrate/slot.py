@@ -91,12 +91,16 @@ class Shared:
 
 @dataclass(frozen=True)
 class TitledDirectory(Storage):
-    """A trial's directory that shows its latest event as the title of this process: in `top` and Ray's dashboard."""
+    """A trial's directory that shows its latest event as the title of this process: in `top` and Ray's dashboard.
+
+    Its events name the driver by the token of its lock: another driver's trials are not running.
+    """
 
     trial_id: str = ""
+    driver: str = ""
 
     def append_event(self, path: str, event: Mapping[str, object]) -> None:
-        super().append_event(path, event)
+        super().append_event(path, {**event, "driver": self.driver})
         if "stage" in event:
             setproctitle(f"ray::{self.trial_id} {event['stage']} {event.get('epoch', 0)}/{event.get('epochs', '?')}")
 
@@ -109,7 +113,7 @@ def trial_task(work: Work | None, assignment: Assignment, images: ImageArray) ->
 
         work = train
     directory = assignment.directory
-    titled = TitledDirectory(directory.uri, directory.retry_seconds, assignment.trial_id)
+    titled = TitledDirectory(directory.uri, directory.retry_seconds, assignment.trial_id, assignment.owner)
     mark = (directory, STOPPED) if assignment.watched else None
     should_stop = stop_watch(assignment.study, mark=mark, owner=assignment.owner)
     return perform(work, replace(assignment, place=titled), images, should_stop)

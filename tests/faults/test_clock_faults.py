@@ -69,14 +69,15 @@ def test_a_status_of_events_from_a_moved_clock_has_no_time_below_zero(
 ) -> None:
     root = undisturbed.place(tmp_path / "studies", finished=True)
     study = Study.at(str(root), "tiny")
-    for trial_id in study.trial_ids():
-        directory = study.trial(trial_id)
-        directory.delete("result.json")
-        events = [e for e in directory.read_events("events") if e["event"] in ("started", "epoch")]
-        directory.delete("events")
-        for n, event in enumerate(events[:2]):
-            directory.append_event("events", {**event, "time": event["time"] + n * moved, "epoch": n})
-    with locked(study.storage):
+    with locked(study.storage) as lock:
+        for trial_id in study.trial_ids():
+            directory = study.trial(trial_id)
+            directory.delete("result.json")
+            events = [e for e in directory.read_events("events") if e["event"] in ("started", "epoch")]
+            directory.delete("events")
+            for n, event in enumerate(events[:2]):
+                changed = {"time": event["time"] + n * moved, "epoch": n, "driver": lock.token}
+                directory.append_event("events", {**event, **changed})
         status = study.status()
     assert status.counts["running"] == 3
     for trial in status.trials:
