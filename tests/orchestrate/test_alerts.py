@@ -66,7 +66,7 @@ PROVOKED: dict[str, tuple[dict[str, str], int, int, str]] = {
 }  # fmt: skip
 
 
-# what no alert of a driver that is gone follows
+# what no alert of a driver that is gone, and none of a study that does not go on, follows
 WAITING, RUNNING, ON_CLUSTER = (
     f"ray_raystudy_{name}" for name in ('trials{state="waiting",', 'trials{state="running",', "on_cluster{")
 )
@@ -89,13 +89,20 @@ WELL = {
         f'{RUNNING}WorkerId="1"': "1x11 stale",
         f'{ON_CLUSTER}WorkerId="1"': "0x11 stale",
     },
+    "only what failed is tried again, and its explanations go on": {
+        f'{WAITING}WorkerId="1"': "20x60 stale",
+        f'{RUNNING}WorkerId="1"': "0x60 stale",
+        f'{ON_CLUSTER}WorkerId="1"': "0x60 stale",
+        'ray_raystudy_explanations_total{state="finished"': "0x4 1x8 2x8 3x8 4x8 5x8 6x8 stale",
+    },
 }
 
 
 @pytest.mark.parametrize("case", WELL)
-def test_a_driver_that_ended_well_is_not_missed(case: str, tmp_path: Path) -> None:
+def test_a_driver_that_works_or_ended_well_raises_no_alert(case: str, tmp_path: Path) -> None:
     series = [{"series": f"{name},{STUDY}}}", "values": values} for name, values in WELL[case].items()]
-    quiet = [{"eval_time": f"{m}m", "alertname": "RaystudyDriverGone", "exp_alerts": []} for m in range(0, 120, 4)]
+    alerts = ("RaystudyDriverGone", "RaystudyNoProgress")
+    quiet = [{"eval_time": f"{m}m", "alertname": a, "exp_alerts": []} for m in range(0, 120, 4) for a in alerts]
     shutil.copy(DASHBOARDS / "alerts.yml", tmp_path)
     test = {"interval": "1m", "input_series": series, "alert_rule_test": quiet}
     tree = {"rule_files": ["alerts.yml"], "evaluation_interval": "1m", "tests": [test]}
