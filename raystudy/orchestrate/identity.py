@@ -17,6 +17,9 @@ import pandas as pd
 # Raise it when a change moves results: trials of older versions are then other trials.
 NUMERICS_VERSION = 3
 
+LONGEST_ID = 255  # in bytes; a folder's name has at most that
+CUT_ID = 200  # in bytes; what is left of one that would be longer
+
 NOT_IDENTITY = {"training": {"checkpoint_share"}, "images": {"unreadable", "pixel_cap", "node_memory_share"}}
 
 
@@ -46,11 +49,14 @@ def rows_digest(frame: pd.DataFrame, columns: tuple[str, ...]) -> str:
 def trial_id(
     task: str, h1_share: int, seed: int, cohort_seed: int, axes: dict[str, Any], identity: dict[str, Any]
 ) -> str:
-    """Return for example ``pneumonia-h1_060-seed0-3fa9c1``."""
-    parts = [task, f"h1_{h1_share:03d}", *(_short(k, v) for k, v in sorted(axes.items()))]
-    if cohort_seed:
-        parts.append(f"cohort{cohort_seed}")
-    return "-".join([*parts, f"seed{seed}", digest(identity)[:6]])
+    """Return for example ``pneumonia-h1_060-seed0-3fa9c1``; axes that are too long for a folder's name are cut."""
+    beginning, shown = f"{task}-h1_{h1_share:03d}", "".join(f"-{_short(k, v)}" for k, v in sorted(axes.items()))
+    end = (f"-cohort{cohort_seed}" if cohort_seed else "") + f"-seed{seed}-{digest(identity)[:6]}"
+    if len(f"{beginning}{shown}{end}".encode()) > LONGEST_ID:
+        own = f"_{digest(axes)[:8]}"  # two weights files of one content have one identity
+        room = CUT_ID - len(f"{beginning}{own}{end}")
+        shown = shown.encode()[:room].decode(errors="ignore") + own
+    return f"{beginning}{shown}{end}"
 
 
 def _short(key: str, value: Any) -> str:
