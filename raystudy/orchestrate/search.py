@@ -14,6 +14,7 @@ other trials: observations and rungs of earlier ones no longer count.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import threading
 import time
@@ -320,7 +321,7 @@ class Halving:
     """Asynchronous successive halving on validation accuracy, kept in the study directory.
 
     A trial that reaches a rung goes on when it is among the best third of those that reached it before it, of the same
-    task, mixture and seeds.  Rungs are at epochs / 3, epochs / 9, … completed epochs.
+    task, axes, mixture and seeds.  Rungs are at epochs / 3, epochs / 9, … completed epochs.
 
     Parameters
     ----------
@@ -375,10 +376,12 @@ def _mark(epoch: int, value: float) -> dict[str, Any]:
     return {"epoch": epoch, "value": value, "by": "the search"}
 
 
-def cell_of(trial: PlannedTrial) -> str:
-    """Name what two trials must share to be compared at a rung."""
+def cell_of(trial: PlannedTrial, searched: Container[str]) -> str:
+    """Name what two trials must share to be compared at a rung: all but the searched keys."""
     spec = trial.spec
-    return f"{spec.task} h1_{spec.h1_share:03d} seed {spec.seed} cohort {spec.cohort_seed}"
+    cell = f"{spec.task} h1_{spec.h1_share:03d} seed {spec.seed} cohort {spec.cohort_seed}"
+    arm = {key: value for key, value in spec.axes.items() if key not in searched}
+    return f"{cell} axes {json.dumps(arm, sort_keys=True)}" if arm else cell
 
 
 def value_of(study: Study, trial_id: str) -> Reached | None:

@@ -80,9 +80,9 @@ class HalvingScheduler(FIFOScheduler):
         if result.get("done") or "val_accuracy" not in result:
             return TrialScheduler.CONTINUE
         trial_id = str(trial.config["trial"])
-        planned = self.book.trials[trial_id]
+        cell = cell_of(self.book.trials[trial_id], self.book.settings.space)
         value = float(result["val_accuracy"])
-        if self.halving.goes_on(trial_id, cell_of(planned), int(result["epoch"]), value):
+        if self.halving.goes_on(trial_id, cell, int(result["epoch"]), value):
             return TrialScheduler.CONTINUE
         write_sealed(self.book.study.trial(trial_id), STOPPED, self.halving.stopped[trial_id], ())
         return TrialScheduler.STOP
