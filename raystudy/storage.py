@@ -225,6 +225,12 @@ def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float | None = N
     retry_seconds = RETRY_SECONDS if retry_seconds is None else retry_seconds
     if not text or "\0" in text:
         raise StudyError("the storage address is empty", remedy="a path or s3://bucket/prefix")
+    if short := re.match(r"(s3|gs|gcs):(?!//)/?", text, re.IGNORECASE):
+        scheme, meant = short[1].lower(), text[short.end() :].rpartition("@")[2].partition("?")[0]  # no secret is told
+        raise StudyError(
+            f"{scheme}: stands for object storage and takes two slashes; a folder of that name begins with ./",
+            remedy=f"{scheme}://{meant}",
+        )
     if "://" not in text:
         return Storage(os.path.abspath(Path(text).expanduser()), retry_seconds)  # no ".." is left in it
     parts = urlsplit(text)

@@ -271,6 +271,21 @@ def test_an_address_that_cannot_be_meant_is_refused_without_its_secret(address: 
     assert "secret@" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("scheme", ["s3", "S3", "gs", "gcs"])
+@pytest.mark.parametrize("rest", ["/bucket/x", "bucket/x", "/key:secret@bucket/x?token=secret"])
+def test_a_bucket_with_a_slash_too_few_is_no_folder(scheme: str, rest: str) -> None:
+    with pytest.raises(StudyError, match="two slashes") as refusal:
+        open_storage(f"{scheme}:{rest}")
+    assert refusal.value.remedy == f"{scheme.lower()}://bucket/x"
+    assert "secret" not in str(refusal.value)
+
+
+def test_a_folder_may_have_a_colon_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("./s3:x", "run:1", "s3/x"):
+        assert open_storage(name).uri == str(tmp_path / name)
+
+
 @pytest.mark.parametrize("scheme", ["gs", "gcs"])
 def test_a_public_bucket_of_google_is_opened_without_credentials(scheme: str) -> None:
     assert open_storage(f"{scheme}://anonymous@bucket/films").uri == f"{scheme}://anonymous@bucket/films"
