@@ -53,6 +53,7 @@ class Resources(_Strict):
     explain_gpus: float = Field(default=0, ge=0)
 
 
+_SQLITE_FILE = re.compile(r"sqlite(\+pysqlite)?:///(?!.*(:memory:|mode=memory))[^?]*[^?/](\?.*)?")
 STORES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")  # what MLflow keeps runs in
 
 
@@ -71,6 +72,10 @@ class Tracking(_Strict):
             raise ValueError("must be sqlite:///FILE, an http(s):// server or the address of a database")
         if urlsplit(value).password:
             raise ValueError("must hold no password; set PGPASSWORD or MLFLOW_TRACKING_PASSWORD in the environment")
+        if value.startswith("sqlite") and not _SQLITE_FILE.fullmatch(value):
+            raise ValueError(
+                "must be sqlite:///FILE, a file that is kept: sqlite:///mlflow.db or sqlite:////folder/mlflow.db"
+            )
         return value
 
 

@@ -168,6 +168,16 @@ REFUSALS = {
         "tracking: {uri: foo://bar}\n", 7, "tracking.uri", "must be sqlite:///FILE", "http(s):// server",
     ),
     "a folder for a database": ("tracking: {uri: runs}\n", 7, "tracking.uri", "must be sqlite:///FILE", ""),
+    **{
+        f"a database that keeps nothing, or is no file: {uri}": (
+            f"tracking: {{uri: '{uri}'}}\n", 7, "tracking.uri", "must be sqlite:///FILE", "sqlite:///mlflow.db",
+        )
+        for uri in (
+            "sqlite://mlflow.db", "sqlite://", "sqlite:///", "sqlite:////", "sqlite:///?timeout=9", "sqlite:///runs/",
+            "sqlite:///:memory:", "sqlite:///file::memory:?uri=true", "sqlite:///file:a?mode=memory&uri=true",
+            "sqlite+aiosqlite:///mlflow.db",
+        )
+    },
     "a password": (
         "tracking: {uri: postgresql://me:hunter2@db/mlflow}\n", 7, "tracking.uri", "must hold no password", "",
     ),
@@ -272,6 +282,12 @@ def test_a_task_of_an_unknown_finding_is_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, BASE.replace("{positive: pneumonia}", "{positive: pneumnia}"))
     assert "check.yaml:6" in message
     assert "pneumonia" in message.split("pneumnia", 1)[1]
+
+
+@pytest.mark.parametrize("file", ["mlflow.db", "/tmp/my runs/mlflow.db", "runs/mlflow.db?timeout=9", "m"])
+def test_a_database_is_named_by_its_file(file: str, tmp_path: Path) -> None:
+    for kind in ("sqlite", "sqlite+pysqlite"):
+        assert load(tmp_path, BASE + f"tracking: {{uri: '{kind}:///{file}'}}\n").tracking.uri == f"{kind}:///{file}"
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4", "+1e-4"])
