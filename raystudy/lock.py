@@ -205,15 +205,28 @@ def _read(read: Callable[[], str]) -> str:
         return ""
 
 
-def _start_time(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot; empty where there is no such process."""
-    text = _read(lambda: Path(f"/proc/{pid}/stat").read_text())
-    fields = text.rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else ""
+def _start_time(pid: int) -> str | None:
+    """Return when a process started, in clock ticks since boot; empty once it has ended, None if /proc shows none."""
+    fields = _read(lambda: Path(f"/proc/{pid}/stat").read_text()).rpartition(")")[2].split()
+    if len(fields) <= 19:
+        return None
+    return fields[19] if fields[0] not in ("Z", "X") else ""
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is such a process, also one of another user that /proc does not show (hidepid)."""
+    try:
+        if pid > 0:
+            os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
 
 
 def gone_from_here(holder: dict[str, Any]) -> bool | None:
-    """Whether a lock's owner is dead, as far as this host can tell: None for an owner elsewhere."""
+    """Whether a lock's owner is dead, as far as this host can tell: None for one elsewhere, or that /proc hides."""
     here = _machine()
     if holder.get("host") != socket.gethostname() or not here["boot"]:
         return None
@@ -224,4 +237,6 @@ def gone_from_here(holder: dict[str, Any]) -> bool | None:
     if not isinstance(pid := holder.get("pid"), int):
         return None
     started = _start_time(pid)
+    if started is None and _exists(pid):
+        return None
     return not started or started != holder.get("started")

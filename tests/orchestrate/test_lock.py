@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from raystudy.cli import app
 from raystudy.errors import StudyError
-from raystudy.lock import LOCK, StudyLock, locked
+from raystudy.lock import LOCK, StudyLock, gone_from_here, locked
 from raystudy.orchestrate import driver
 from raystudy.orchestrate.assignment import stop_watch
 from raystudy.orchestrate.driver import run_study
@@ -74,6 +74,48 @@ def test_a_pid_that_was_given_to_another_process_is_not_taken_for_the_owner(tmp_
     dead_record(storage, pid="no number")
     with pytest.raises(StudyError, match="--take-over"):
         StudyLock(storage).acquire()
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+def test_a_process_that_proc_hides_is_not_taken_for_dead(
+    foreign: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another_users(pid: int, signal: int) -> None:
+        assert (pid, signal) == (os.getpid(), 0)
+        if foreign:
+            raise PermissionError
+
+    storage = open_storage(tmp_path)
+    with locked(storage, beat_seconds=0.05):
+        record = storage.read_json(LOCK)
+        monkeypatch.setattr("raystudy.lock._start_time", lambda pid: None)  # /proc with hidepid
+        monkeypatch.setattr(os, "kill", another_users)
+        assert gone_from_here(record) is None
+        with pytest.raises(StudyError, match="--take-over"):
+            StudyLock(storage).acquire()
+        with pytest.raises(StudyError, match="another driver works"):  # its heartbeat goes on
+            StudyLock(storage, take_over=True, beat_seconds=0.1).acquire()
+        assert storage.read_json(LOCK)["token"] == record["token"]
+    storage.write_json(LOCK, record)  # nobody keeps it any longer
+    StudyLock(storage, take_over=True, beat_seconds=0.01).acquire()
+    assert storage.read_json(LOCK)["token"] != record["token"]
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**22 + 1, 2**31, 10**30])
+def test_a_pid_that_no_process_can_have_is_dead(pid: int, tmp_path: Path) -> None:
+    with locked(storage := open_storage(tmp_path)):
+        assert gone_from_here({**storage.read_json(LOCK), "pid": pid}) is True
+
+
+def test_a_killed_driver_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=PIPE)
+    with locked(storage := open_storage(tmp_path)):
+        record = {**storage.read_json(LOCK), "pid": child.pid}
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+    assert gone_from_here(record) is True
+    child.communicate()
+    assert gone_from_here(record) is True
 
 
 def test_a_driver_elsewhere_is_taken_over_only_when_the_user_says_so_and_it_is_silent(tmp_path: Path) -> None:
