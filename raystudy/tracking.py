@@ -142,6 +142,7 @@ class Store:
 
     def __init__(self, study: Study, settings: Tracking, line: Line, *, anew: bool = False) -> None:
         self.study, self.settings, self.ask = study, settings, line
+        self.at_rest = anew  # a repair holds the study's lock: no trial can be running
         for name in ("alembic", "mlflow.store.db.utils"):  # a new database tells of every migration
             logging.getLogger(name).setLevel(logging.ERROR)
         self.client = MlflowClient(tracking_uri=settings.uri)
@@ -246,8 +247,11 @@ class Store:
             self._look_when_they_began({t: files.get(t, set()) for t in plan["trials"]})
             for trial_id in plan["trials"]:
                 self._sync_trial(trial_id, files.get(trial_id, set()), plan.get("explain", {}).get(trial_id, {}))
+            status = _study_status([files.get(t, set()) for t in plan["trials"]])
             if final:
-                self._sync_study(_study_status([files.get(t, set()) for t in plan["trials"]]))
+                self._sync_study(status)
+            elif status == "RUNNING" and ("", "") in self.runs:  # a repair may have shown it as killed
+                self._set_status(self.run(""), status, 0, self._sent_of_study())
         finally:
             cursor = {"study": self.id, "sent": copy.deepcopy(self.sent)}
             if any(self.cursor.get(key) != value for key, value in cursor.items()):
@@ -336,6 +340,8 @@ class Store:
         sent["failed"] = failed
 
     def _set_status(self, run: str, status: str, when: int, sent: dict[str, Any]) -> None:
+        if status == "RUNNING" and self.at_rest:
+            status = "KILLED"
         if sent["status"] == status:
             return
         if status == "RUNNING":
@@ -370,12 +376,15 @@ class Store:
         numbers = faithfulness_numbers(pairs, int(spec["study_seed"]))
         self._send_final(run, numbers, _written(directory, f"{folder}/done.json"))
 
+    def _sent_of_study(self) -> dict[str, Any]:
+        run = self.run("")
+        if self.sent.get("", {}).get("run") != run:
+            self.sent[""] = {"run": run, "files": {}, "status": self.found.get(run, ("RUNNING",))[0]}
+        return self.sent[""]
+
     def _sync_study(self, status: str) -> None:
         """Send the resolved experiment, tables and figures; pages and pictures with films only when that is allowed."""
-        run = self.run("")
-        sent = self.sent.get("", {})
-        if sent.get("run") != run:
-            sent = self.sent[""] = {"run": run, "files": {}, "status": self.found.get(run, ("RUNNING",))[0]}
+        run, sent = self.run(""), self._sent_of_study()
         for child, parent in self.parents.items():
             if run not in (child, parent):  # it had a parent that is gone
                 self.ask(self.client.set_tag, child, PARENT, run)
@@ -388,7 +397,7 @@ class Store:
             if sent["files"].get(path) != checksum:
                 self._send_artifact(run, path, data)
                 sent["files"][path] = checksum
-        ended = max((int(s.get("ended", 0)) for s in self.sent.values()), default=0)
+        ended = max((int(s.get("ended", s.get("last", [0])[0])) for s in self.sent.values()), default=0)
         self._set_status(run, status, ended, sent)
 
     def _send_artifact(self, run: str, path: str, data: bytes) -> None:
@@ -406,6 +415,8 @@ def _has_events(names: set[str]) -> bool:
 def _run_status(names: set[str], last_event: str) -> str:
     if "result.json" in names:
         return "FAILED" if last_event == "diverged" else "FINISHED"
+    if "stopped.json" in names:  # by a search, perhaps before the trial could say so
+        return "KILLED"
     if FAILED in names:
         return "FAILED"
     return "KILLED" if last_event == "interrupted" else "RUNNING"

@@ -27,7 +27,7 @@ from raystudy.report.page import write_report
 from raystudy.results import write_sealed
 from raystudy.storage import open_storage
 from raystudy.study import Study
-from raystudy.tracking import Store, sync_study
+from raystudy.tracking import Line, Store, sync_study
 from raystudy.tracking_identity import ID_FILE
 from raystudy.tracking_server import check_server
 from raystudy.tracking_values import event_numbers
@@ -175,6 +175,46 @@ def test_an_interrupted_trial_is_shown_as_killed_and_goes_on_as_running(
         mirror_all(study, sqlite)
         (run,) = [r for r in runs(sqlite.uri, "tiny") if r.data.tags["raystudy.trial_id"] == trial_id]
         assert run.info.status == status
+
+
+def test_a_trial_that_a_search_stopped_is_shown_as_killed_though_it_had_no_time_to_say_so(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study = Study(open_storage(tmp_path).child("tiny"))
+    trial_id = next(t for t, event in map(str.split, replay(tiny_study.study, study)) if event == "epoch")
+    mirror_all(study, sqlite)
+    assert run_of(sqlite, trial_id).info.status == "RUNNING"
+    study.trial(trial_id).write_json("stopped.json", {"epoch": 1, "value": 55.0})
+    mirror_all(study, sqlite)
+    (*_, last) = study.trial(trial_id).read_events("events")
+    run = run_of(sqlite, trial_id)
+    assert (run.info.status, run.info.end_time) == ("KILLED", int(1000 * last["time"]))
+
+
+def test_a_repair_shows_what_a_killed_driver_left_as_killed_until_it_goes_on(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study = Study(open_storage(tmp_path).child("tiny"))
+    steps = replay(tiny_study.study, study)
+    trial_id = next(t for t, event in map(str.split, steps) if event == "epoch")
+    Store(study, sqlite, Line()).sync(final=False)  # and the driver was killed
+
+    def states() -> set[str]:
+        return {run.info.status for run in runs(sqlite.uri, "tiny")}
+
+    assert (len(runs(sqlite.uri, "tiny")), states()) == (2, {"RUNNING"})
+    for _ in range(2):
+        sync_study(study, sqlite)
+        assert states() == {"KILLED"}
+        (*_, last) = study.trial(trial_id).read_events("events")
+        assert {run.info.end_time for run in runs(sqlite.uri, "tiny")} == {int(1000 * last["time"])}
+    study.trial(trial_id).append_event("events", {"time": time.time(), "event": "resumed", "epoch": 1})
+    Store(study, sqlite, Line()).sync(final=False)  # a driver goes on
+    assert states() == {"RUNNING"}
+    for _ in steps:
+        pass
+    mirror_all(study, sqlite)
+    assert_mirrored_once(study, sqlite.uri)
 
 
 def begun_trial(study: Study, trial_id: str, came: Study, since: float) -> None:
