@@ -256,6 +256,11 @@ def load_pixels(storage: Storage, key: str, image_ids: Iterable[str]) -> ImageAr
     return ImageArray(ids, pixels)
 
 
+def form_of(key: str) -> str:
+    """Return how films are resized, and to which edge length, as a store's key names it: ``squash224``."""
+    return key.split("-", 1)[0]
+
+
 def size_of(key: str) -> int:
     """Return the edge length that a store's key names."""
-    return int("".join(c for c in key.split("-", 1)[0] if c.isdigit()))
+    return int("".join(c for c in form_of(key) if c.isdigit()))

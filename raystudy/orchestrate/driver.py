@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 
 from raystudy.config import Experiment
 from raystudy.errors import DamagedFileError, StudyError
+from raystudy.images.store import form_of
 from raystudy.lock import StudyLock, locked
 from raystudy.orchestrate.assignment import Work, clear_stop
 from raystudy.orchestrate.changes import describe_changes
@@ -226,6 +227,7 @@ def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, ad
             shown.say(f"Ray dashboard: {session.dashboard}   (where it asks for a token: ray get-auth-token)")
         preparing = Stoppable(shown, run.stop)
         involved = plan.trials if run.book is not None or run.todo.films else run.todo.involved
+        kept = run.ledger.image_keys()  # before any of them is written anew
         try:
             write_phantom_originals(plan.experiment, plan.image_table, storage, preparing)
             run.films = prepare_films(involved, plan.image_table, storage, preparing)
@@ -233,7 +235,7 @@ def _execute(run: Run, plan: StudyPlan, storage: Storage, executor: Executor, ad
             run.outcome.interrupted = True
             return
         run.films.left_out = len(plan.unusable)
-        run.study.keep_image_keys(run.films.arrays)
+        run.study.keep_image_keys((kept | {form_of(key): key for key in run.films.arrays}).values())
         with run.stop.signals():
             if executor == "plain":
                 from raystudy.orchestrate.plain import run_plain  # torch: only where this process trains

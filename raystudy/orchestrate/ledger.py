@@ -19,6 +19,7 @@ import yaml
 
 from raystudy.errors import DamagedFileError
 from raystudy.explanation_jobs import JOBS, Job, explained, job_directory
+from raystudy.images.store import form_of, pixels_key
 from raystudy.orchestrate.assignment import FAILED, RETRIED, STOPPED, Rows, TrialRows
 from raystudy.orchestrate.identity import digest
 from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
@@ -95,12 +96,17 @@ class Ledger:
         """Return n, correct and accuracy by test set as of ``open``; nothing of a trial that is not finished."""
         return self._ended.get(trial.trial_id, ("", {}))[1]
 
-    def films_known(self) -> bool:
-        """Whether the report finds the films of what is finished."""
+    def image_keys(self) -> dict[str, str]:
+        """Return the names of the plan's films that the study keeps, by their form; none where they are damaged."""
         try:
-            return not self._files or self.study.image_keys() is not None
+            kept = {form_of(key): key for key in self.study.image_keys() or ()}
         except DamagedFileError:
-            return False
+            return {}
+        return {form: kept[form] for form in kept.keys() & _forms(self.plan.trials)}
+
+    def films_known(self) -> bool:
+        """Whether the report finds the films of what is finished, or begun."""
+        return _forms(t for t in self.plan.trials if self.files(t)) <= self.image_keys().keys()
 
     def strangers(self) -> list[str]:
         """Return the trials of the directory that the plan does not ask for; they are kept."""
@@ -178,6 +184,10 @@ def stand_in(directory: Storage) -> dict[str, Any] | None:
     except (ValueError, TypeError):
         return None
     return None if {"schema", "checksum"} & result.keys() else result
+
+
+def _forms(trials: Iterable[PlannedTrial]) -> set[str]:
+    return {form_of(pixels_key(settings)) for settings in {t.images for t in trials}}
 
 
 def _name(job: Job, trial: PlannedTrial) -> str:
