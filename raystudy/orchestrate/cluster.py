@@ -11,7 +11,7 @@ from raystudy.config import Resources
 from raystudy.explanation_jobs import JOBS, Job
 from raystudy.orchestrate.explain import Explainer, ExplainJob
 from raystudy.orchestrate.metrics import StudyMetrics
-from raystudy.orchestrate.plan import PlannedTrial
+from raystudy.orchestrate.plan import PlannedTrial, StudyPlan
 from raystudy.orchestrate.search import Halving, value_of
 from raystudy.orchestrate.search_tune import BookSearcher, HalvingScheduler
 from raystudy.orchestrate.session import Session
@@ -27,10 +27,10 @@ PENDING_ON_A_CLUSTER = 32  # slots that an autoscaler is told of ahead of time
 def run_on_ray(run: Run, resources: Resources, session: Session) -> None:
     """Run everything that is to do; return when it ended or the wish to stop was followed."""
     placement = placement_of(resources, session)
-    if session.local:
-        check_placement(placement, session.cpus, session.gpus)
-    metrics = StudyMetrics(run.study.name, on_cluster=not session.local)
     plan = run.book.base if run.book else run.ledger.plan  # what a search suggests has the base's films
+    if session.local:
+        check_placement(placement, session.cpus, session.gpus, _explanations(run, plan, resources, session))
+    metrics = StudyMetrics(run.study.name, on_cluster=not session.local)
     metrics.images(len(plan.image_table) + run.films.left_out, run.films.quarantined)
     for trial in run.ledger.plan.trials:
         metrics.finished_before(trial.trial_id, trial.spec.task, trial.spec.h1_share, run.ledger.tests(trial))
@@ -138,6 +138,14 @@ def placement_of(resources: Resources, session: Session) -> Placement:
         pending=2 if session.local else PENDING_ON_A_CLUSTER,
         gpus_beside=resources.explain_gpus,
     )
+
+
+def _explanations(run: Run, plan: StudyPlan, resources: Resources, session: Session) -> Placement | None:
+    """Return what an explanation occupies, where there will be one; CPUs only where it has no slots of its own."""
+    trials = (*run.todo.involved, *(plan.trials if run.todo.suggestions else ()))
+    if not any(map(run.explains, trials)):
+        return None
+    return Placement(0 if session.explain_slots else resources.explain_cpus, resources.explain_gpus)
 
 
 def _explain_job(run: Run, trial: PlannedTrial, job: Job) -> ExplainJob:

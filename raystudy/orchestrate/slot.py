@@ -247,17 +247,25 @@ def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
         time.sleep(min(0.2, max(0.0, until - time.monotonic())))
 
 
-def check_placement(placement: Placement, cpus: float, gpus: float) -> None:
-    """Refuse trials that can never be placed on a machine that does not grow.
+def check_placement(placement: Placement, cpus: float, gpus: float, explanation: Placement | None = None) -> None:
+    """Refuse trials and explanations that can never be placed on a machine that does not grow.
 
     Raises
     ------
-    StudyError : a trial asks for more than there is.
+    StudyError : a trial, or an explanation, asks for more than there is.
     """
-    for name, wanted, have in (("cpus", placement.cpus, cpus), ("gpus", placement.gpus, gpus)):
-        if wanted > have:
-            raise StudyError(
-                f"a trial asks for {wanted:g} {name}, this machine has {have:g}",
-                where=f"resources.{name}",
-                remedy=f"--set resources.{name}={math.floor(have)}, or --address of a larger cluster",
-            )
+    asked = [("a trial", "cpus", placement.cpus, cpus), ("a trial", "gpus", placement.gpus, gpus)]
+    if explanation is not None:
+        asked.append(("an explanation", "explain_cpus", explanation.cpus, cpus))
+        asked.append(("an explanation", "explain_gpus", explanation.gpus, gpus))
+    lacking = [one for one in asked if one[2] > one[3]]
+    if lacking:
+        sets = " ".join(f"--set resources.{key}={math.floor(have)}" for _, key, _, have in lacking)
+        raise StudyError(
+            "; ".join(
+                f"{who} asks for {wanted:g} {key.removeprefix('explain_')}, this machine has {have:g}"
+                for who, key, wanted, have in lacking
+            ),
+            where=", ".join(f"resources.{key}" for _, key, _, _ in lacking),
+            remedy=f"{sets}, or --address of a larger cluster",
+        )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from raystudy.errors import StudyError
 from raystudy.orchestrate.slot import Placement
 from tests.orchestrate import tiny, works
 
@@ -56,3 +57,16 @@ def test_trials_leave_room_for_an_explanation_where_that_lets_no_further_trial_i
     gpus: float, beside: float, request_: float
 ) -> None:
     assert Placement(gpus=gpus, gpus_beside=beside).gpu_request == pytest.approx(request_)
+
+
+@pytest.mark.parametrize("key", ["resources.explain_gpus", "resources.explain_cpus"])
+def test_explanations_that_could_never_run_here_are_refused_before_anything_is_trained(
+    key: str, films: Path, place: Path
+) -> None:
+    asked = f"{key}=3"  # there are two CPUs and a GPU
+    with pytest.raises(StudyError, match="an explanation asks for 3") as refusal:
+        tiny.run(films, place, ["mixtures=[50]", asked])
+    assert f"--set {key}=" in str(refusal.value.remedy)
+    assert not list(place.glob("tiny/trials/*/result.json"))
+    assert not (place / "tiny" / "lock.json").exists()
+    assert tiny.run(films, place, ["mixtures=[50]", asked], works.null).trained == 1  # nothing is explained

@@ -188,6 +188,17 @@ def test_a_trial_that_no_machine_here_can_hold_is_refused() -> None:
         slot.check_placement(slot.Placement(gpus=0.25), cpus=2, gpus=0)
 
 
+def test_an_explanation_that_no_machine_here_can_hold_is_refused_together_with_its_trial() -> None:
+    task = slot.Placement(cpus=1, gpus=0.1)
+    slot.check_placement(slot.Placement(), cpus=2, gpus=1, explanation=task)
+    with pytest.raises(StudyError, match=r": an explanation asks for 0\.1 gpus, this machine has 0\n") as refusal:
+        slot.check_placement(slot.Placement(), cpus=2, gpus=0, explanation=task)
+    assert "--set resources.explain_gpus=0," in str(refusal.value.remedy)
+    with pytest.raises(StudyError, match=r"a trial asks for 0\.25 gpus.*; an explanation asks for 0\.1 gpus") as both:
+        slot.check_placement(slot.Placement(gpus=0.25), cpus=2, gpus=0, explanation=task)
+    assert "--set resources.gpus=0 --set resources.explain_gpus=0," in str(both.value.remedy)
+
+
 def test_ctrl_c_that_python_discards_while_ray_starts_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
 
