@@ -30,7 +30,7 @@ from raystudy.study import Study
 from raystudy.tracking import Line, Store, sync_study
 from raystudy.tracking_identity import ID_FILE
 from raystudy.tracking_server import check_server
-from raystudy.tracking_values import event_numbers
+from raystudy.tracking_values import event_numbers, event_time
 from tests.canary import files_with
 from tests.mlflow_server import MLflowServer
 from tests.mlflow_view import (
@@ -188,7 +188,7 @@ def test_a_trial_that_a_search_stopped_is_shown_as_killed_though_it_had_no_time_
     mirror_all(study, sqlite)
     (*_, last) = study.trial(trial_id).read_events("events")
     run = run_of(sqlite, trial_id)
-    assert (run.info.status, run.info.end_time) == ("KILLED", int(1000 * last["time"]))
+    assert (run.info.status, run.info.end_time) == ("KILLED", event_time(last))
 
 
 def test_a_repair_shows_what_a_killed_driver_left_as_killed_until_it_goes_on(
@@ -207,7 +207,7 @@ def test_a_repair_shows_what_a_killed_driver_left_as_killed_until_it_goes_on(
         sync_study(study, sqlite)
         assert states() == {"KILLED"}
         (*_, last) = study.trial(trial_id).read_events("events")
-        assert {run.info.end_time for run in runs(sqlite.uri, "tiny")} == {int(1000 * last["time"])}
+        assert {run.info.end_time for run in runs(sqlite.uri, "tiny")} == {event_time(last)}
     study.trial(trial_id).append_event("events", {"time": time.time(), "event": "resumed", "epoch": 1})
     Store(study, sqlite, Line()).sync(final=False)  # a driver goes on
     assert states() == {"RUNNING"}
