@@ -19,8 +19,6 @@ COLOURS = {
     "interrupted": "yellow",
     "stopped": "blue",
 }
-
-
 LIVELIEST = ("running", "failed", "interrupted", "diverged", "stopped", "waiting", "finished")
 
 

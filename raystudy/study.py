@@ -354,9 +354,8 @@ def _running(trial_id: str, events: list[dict[str, Any]], driver: Lock) -> Trial
     epoch, epochs = int(latest("epoch") or 0), int(latest("epochs") or 0)
     stage = next((e["stage"] for e in reversed(events) if isinstance(e.get("stage"), str)), "")
     last = events[-1]
-    lives = driver is not None and last.get("driver", driver.get("token")) == driver.get(
-        "token"
-    )  # not an earlier one's
+    token = (driver or {}).get("token")
+    lives = driver is not None and last.get("driver", token) == token  # its own trial, not that of an earlier one
     state: State = "running" if lives and last["event"] != "interrupted" else "interrupted"
     starts = [e for e in events if e["event"] in ("started", "resumed")]
     left = None
