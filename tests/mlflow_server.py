@@ -25,7 +25,7 @@ import pytest
 from tests.s3_server import S3Server, free_port
 
 START_SECONDS = 120
-PAUSE_SECONDS = 0.15  # of a slow line
+PAUSE_SECONDS = 0.05  # of a slow line
 
 
 @dataclass

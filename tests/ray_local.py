@@ -23,12 +23,15 @@ def ray_local(s3_environment: S3Server) -> Iterator[None]:
         warnings.simplefilter("ignore")  # Ray warns of its own defaults while it starts
         import ray
 
+        from raystudy.orchestrate.session import WORKERS_A_CPU
+
         ray.init(
             address="local",  # whatever else runs on this machine
             num_cpus=2,
             num_gpus=1,
             include_dashboard=False,
             object_store_memory=200_000_000,
+            _system_config={"num_workers_soft_limit": 2 * WORKERS_A_CPU},  # as a study's own
             log_to_driver=False,
             logging_level=logging.ERROR,
             ignore_reinit_error=True,

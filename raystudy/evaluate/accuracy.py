@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     n_neg = positive.size - n_pos
     if not n_pos or not n_neg:
         return float("nan")
-    ranks = rankdata(values)  # average ranks: a tie counts one half
+    ranks = pd.Series(values).rank().to_numpy()  # average ranks: a tie counts one half
     return float((ranks[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
 
 

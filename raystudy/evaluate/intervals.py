@@ -41,8 +41,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit  # the normal and Student's quantiles; scipy.stats is slow to import
 
 from raystudy.streams import stream
 
@@ -176,7 +175,7 @@ def share_reach(share: Share, level: float = LEVEL) -> tuple[float, float]:
     Outcomes: Wilson's limits with the measured variance; a measured quantity: t(n-1) sqrt(V), without any variation as
     outcomes.  Both reach at least as far as Wilson's limits for the effective number of patients p (1-p)/V.
     """
-    z = float(norm.ppf(0.5 + level / 2))
+    z = float(ndtri(0.5 + level / 2))
     n, p = share.patients, float(share.estimates.mean())
     stratum = max(2.0, n / share.strata)
     # Exp(1) weights give s^2/(m+1) with the divisor-m variance s^2 of m patients; unbiased is s^2/(m-1).
@@ -185,7 +184,7 @@ def share_reach(share: Share, level: float = LEVEL) -> tuple[float, float]:
         quantile = z
         limits = [_wilson(p, n, n * variance, z)]
     else:
-        quantile = float(student.ppf(0.5 + level / 2, n - 1))
+        quantile = float(stdtrit(n - 1, 0.5 + level / 2))
         half = quantile * float(np.sqrt(variance))
         limits = [(max(0.0, p - half), min(1.0, p + half))]
     if variance >= 1e-18 and 0 < p < 1:
@@ -244,7 +243,7 @@ def seed_part(estimates: Floats, resampled: Floats, level: float = LEVEL) -> flo
     if k == 1:
         return 0.0
     parts = components(estimates, resampled)
-    z, t = float(norm.ppf(0.5 + level / 2)), float(student.ppf(0.5 + level / 2, k - 1))
+    z, t = float(ndtri(0.5 + level / 2)), float(stdtrit(k - 1, 0.5 + level / 2))
     return max(0.0, t * t * parts.seeds - z * z * parts.interaction)
 
 

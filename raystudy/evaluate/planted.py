@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
+from scipy.special import stdtrit  # Student's quantiles
 
 from raystudy.evaluate.intervals import LEVEL
 
@@ -65,6 +65,6 @@ def concentration(
     if effective >= FEWEST_FILMS and ratio > 0:
         residual = np.bincount(film, weights=w * (y - ratio * x))  # a film, sums to 0
         error = np.sqrt(effective / (effective - 1) * (residual**2).sum()) / weight.sum()
-        reach = float(np.exp(student.ppf(0.5 + LEVEL / 2, effective - 1) * error / ratio))
+        reach = float(np.exp(stdtrit(effective - 1, 0.5 + LEVEL / 2) * error / ratio))
         low, high = ratio / reach, ratio * reach
     return Concentration(float(relevance), float(area), ratio, low, high, n)

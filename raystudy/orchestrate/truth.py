@@ -9,7 +9,6 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from raystudy.cohorts.phantom import masks
 from raystudy.cohorts.phantom_settings import PhantomSettings
 from raystudy.study import Study
 
@@ -31,6 +30,8 @@ class PhantomMasks(Mapping[str, FilmMasks]):
         self._hospitals, self._size = hospitals, size
 
     def __getitem__(self, image_id: str) -> FilmMasks:
+        from raystudy.cohorts.phantom import masks  # scipy's filters: only where there is something to draw
+
         source = image_id.split("/", 1)[0]
         truth = masks(self._hospitals[source], source, image_id)
         return {"sign": self._shrunk(truth.sign), "tag": self._shrunk(truth.tag)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -82,22 +83,21 @@ def kind(name: str) -> str:
 
 
 def damage_each(place: Place, names: Iterable[str], n: int, seed: int, whole: Callable[[str], None]) -> Counter[str]:
-    """Damage file after file, n flips and n tears each; run; see that it is the same, or named with a remedy."""
-    outcomes = Counter[str]()
+    """Damage file after file n times, flips and tears by turns; see that it is the same, or named with a remedy."""
+    outcomes, harms = Counter[str](), itertools.cycle((flipped, torn))
     for name in names:
         draw = stream(seed, "damage", kind(name), name)
-        for harm in (flipped, torn):
-            for _ in range(n if place.files[name] else 0):
-                place.restore()
-                (place.root / name).write_bytes(harm(place.files[name], draw))
-                look(place)
-                refusal = run(place)
-                if refusal is None:
-                    whole(f"{harm.__name__} {name}")
-                else:
-                    assert refusal.where == str(place.root / name), f"{harm.__name__} {name}: {refusal}"
-                    assert refusal.remedy
-                outcomes["same bytes" if refusal is None else "named"] += 1
+        for harm in itertools.islice(harms, n if place.files[name] else 0):
+            place.restore()
+            (place.root / name).write_bytes(harm(place.files[name], draw))
+            look(place)
+            refusal = run(place)
+            if refusal is None:
+                whole(f"{harm.__name__} {name}")
+            else:
+                assert refusal.where == str(place.root / name), f"{harm.__name__} {name}: {refusal}"
+                assert refusal.remedy
+            outcomes["same bytes" if refusal is None else "named"] += 1
     return outcomes
 
 
@@ -247,7 +247,7 @@ def of_a_begun_study(place: Place) -> list[str]:
 
 
 def test_damage_in_any_file_of_a_finished_study_is_mended_or_named(finished: Place, tally: Tally) -> None:
-    outcomes = damage_finished(finished, 1, seed=1, n_trials=1)
+    outcomes = damage_finished(finished, 2, seed=1, n_trials=1)
     tally(f"{outcomes.total()} damages: {dict(outcomes)}")
     assert len(outcomes) == 2
 
@@ -263,7 +263,7 @@ def test_damage_in_what_a_begun_study_goes_on_from_changes_no_byte(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own, of its SQLAlchemy
 def test_damage_beside_the_trials_of_a_search_is_mended_or_named(searched: Place, tally: Tally) -> None:
     names = {kind(n): n for n in beside_the_trials(searched) if not n.endswith((".svg", ".png"))}
-    outcomes = damage_searched(searched, sorted(names.values()), 1, seed=7)
+    outcomes = damage_searched(searched, sorted(names.values()), 2, seed=7)
     tally(f"{outcomes.total()} damages: {dict(outcomes)}")
     assert len(outcomes) == 2
 
@@ -291,11 +291,11 @@ def test_a_search_observes_no_damaged_trial(name: str, searched: Place) -> None:
 def test_much_damage_in_every_file(
     finished: Place, begun: Place, searched: Place, undisturbed: Undisturbed, tally: Tally
 ) -> None:
-    outcomes = damage_searched(searched, beside_the_trials(searched), 2, seed=8)
+    outcomes = damage_searched(searched, beside_the_trials(searched), 4, seed=8)
     tally(f"searched study: {outcomes.total()} damages: {dict(outcomes)}")
-    outcomes = damage_finished(finished, 4, seed=3, n_trials=3)
+    outcomes = damage_finished(finished, 8, seed=3, n_trials=3)
     tally(f"finished study: {outcomes.total()} damages: {dict(outcomes)}")
-    outcomes = damage_begun(begun, undisturbed, of_a_begun_study(begun), 2, seed=4)
+    outcomes = damage_begun(begun, undisturbed, of_a_begun_study(begun), 4, seed=4)
     tally(f"begun study: {outcomes.total()} damages: {dict(outcomes)}")
 
 

@@ -103,12 +103,12 @@ class Reaper(threading.Thread):
         self.left, self.draw, self.killed, self.ended = n_kills, stream(seed, "reaper"), list[str](), threading.Event()
 
     def run(self) -> None:
-        while self.left and not self.ended.is_set():
+        while self.left > 0 and not self.ended.is_set():
             for pid, line in family(os.getpid()):
                 name = line.strip().removeprefix("ray::")
                 if line.startswith("ray::") and name.endswith((" prototypes", " faithfulness")):
                     time.sleep(float(self.draw.uniform(0, 0.4)))
-                    if name not in self.killed and title(pid) == line:
+                    if self.left > 0 and name not in self.killed and title(pid) == line:
                         os.kill(pid, signal.SIGKILL)
                         self.killed.append(name)
                         self.left -= 1

@@ -19,6 +19,7 @@ from tests.trial_example import MODEL, contents, data, spec
 
 STAGES = ("warm", "joint", "projection", "last_layer", "evaluate")
 SHORT = spec()
+PRELOADED = ["raystudy.trial", "raystudy.torchvision_shim", "torch._dynamo", "tests.trial_example"]
 # A few seconds, small enough for several checkpoints, published batch norm so that its last layer takes a while.
 LONG = spec(
     {"epochs": 24, "projection_interval": 6, "warm_epochs": 4, "last_layer_bn": "published"},
@@ -56,7 +57,7 @@ def next_stage(events: list[dict[str, object]]) -> str:
 
 def start(folder: Path, trial: TrialSpec, stage: str | None = None, polls: int = 0) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["raystudy.trial", "raystudy.torchvision_shim", "tests.trial_example"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=run_until_killed, args=(str(folder), trial, stage, polls))
     process.start()
     return process

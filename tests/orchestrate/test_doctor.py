@@ -22,7 +22,7 @@ from raystudy.study import FORMAT_VERSION, Study
 from raystudy.tracking import sync_study
 from raystudy.tracking_server import check_server
 from tests.orchestrate import tiny
-from tests.orchestrate.verbs import Answer, Command, ask, refused
+from tests.orchestrate.verbs import Answer, Ask, Command, refused, typist
 from tests.s3_server import free_port
 
 NOWHERE = "127.0.0.1:9"
@@ -107,7 +107,13 @@ def old_mlflow() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def answers(old_mlflow: str, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Answer]:
+def ask() -> Iterator[Ask]:
+    with typist() as answers:
+        yield answers
+
+
+@pytest.fixture(scope="module")
+def answers(old_mlflow: str, ask: Ask, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Answer]:
     """What every verb says of everything that can be wrong, all at once: most of the time is waiting."""
     folder = tmp_path_factory.mktemp("wrong")
     places = Places(tiny.experiment_file(folder, folder / "studies"), old_mlflow)
@@ -286,7 +292,7 @@ def test_a_database_of_an_mlflow_that_is_not_known_is_refused(
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_sound_machine_is_not_found_wrong(tmp_path: Path) -> None:
+def test_a_sound_machine_is_not_found_wrong(ask: Ask, tmp_path: Path) -> None:
     file = tiny.experiment_file(tmp_path, tmp_path / "studies")
     odd = str(tmp_path / "x[" / "red]")  # as the markup of rich is written
     for answer in ask([Command(["doctor", str(file)]), Command(["doctor", str(file), "--storage", odd])]):
@@ -295,7 +301,7 @@ def test_a_sound_machine_is_not_found_wrong(tmp_path: Path) -> None:
     assert f"{odd} can be written and read" in answer.said
 
 
-def test_two_addresses_that_are_none_do_not_end_the_other_checks(tmp_path: Path) -> None:
+def test_two_addresses_that_are_none_do_not_end_the_other_checks(ask: Ask, tmp_path: Path) -> None:
     file = tiny.experiment_file(tmp_path, tmp_path / "studies")
     mlflow = ["--set", "tracking.enabled=true", "--set", "tracking.uri=http://a..b"]
     (answer,) = ask([Command(["doctor", str(file), *mlflow, "--address", "host..name:6379"])])
@@ -303,7 +309,9 @@ def test_two_addresses_that_are_none_do_not_end_the_other_checks(tmp_path: Path)
     assert answer.said.count("ok ") == 5
 
 
-def test_an_mlflow_at_loopback_is_the_clusters_only_where_the_driver_is_submitted_there(tmp_path: Path) -> None:
+def test_an_mlflow_at_loopback_is_the_clusters_only_where_the_driver_is_submitted_there(
+    ask: Ask, tmp_path: Path
+) -> None:
     uri = f"http://{NOWHERE}"
     typed = ["doctor", str(tiny.experiment_file(tmp_path, tmp_path / "studies"))]
     typed += ["--set", "tracking.enabled=true", "--set", f"tracking.uri={uri}"]

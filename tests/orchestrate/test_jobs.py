@@ -47,7 +47,7 @@ def long_study(space: Space) -> Path:
         "epochs": 60, "warm_epochs": 1, "projection_interval": 20, "last_layer_epochs": 2, "batch_size": 8,
         "schedule": "constant", "lr_backbone": 1e-3,
     }  # fmt: skip
-    two = {"mixtures": [0, 100], "resources": {"cpus": 0.5, "explain_cpus": 1}}  # which run at the same time
+    two = {"mixtures": [0, 100], "resources": {"cpus": 0.5}, "explain": {"enabled": False}}  # at the same time
     path = tiny.experiment_file(space.home / "films", "studies", training=training, **two)
     path.write_text(path.read_text().replace(str(space.home / "films"), "films"))
     return path

@@ -1,6 +1,6 @@
 """`raystudy` command lines, each in a process of its own, forked from one that has everything imported already.
 
-python -m tests.orchestrate.verbs < commands.json    reads and prints JSON: a list of Command, a list of Answer
+python -m tests.orchestrate.verbs    for each line that it reads, a list of Command in JSON, it prints a list of Answer
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,20 +41,30 @@ class Answer:
     said: str
 
 
+Ask = Callable[[list[Command]], list[Answer]]
+
+
 def refused(answer: Answer, *words: str) -> bool:
     """Whether a command ended as a refusal that says these words and a remedy, and nothing of its inside."""
     wanted = (*words, "remedy: ")
     return answer.code == 2 and all(w in answer.said for w in wanted) and "Traceback" not in answer.said
 
 
-def ask(commands: list[Command]) -> list[Answer]:
-    """Run all commands at once from a fresh process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.orchestrate.verbs"],
-        cwd=ROOT, input=json.dumps([asdict(c) for c in commands]), capture_output=True, text=True, check=True,
-        timeout=240,
-    )  # fmt: skip
-    return [Answer(**answer) for answer in json.loads(done.stdout)]
+@contextmanager
+def typist() -> Iterator[Ask]:
+    """Start one process for several lists of commands; those of a list run at once."""
+    command = [sys.executable, "-m", "tests.orchestrate.verbs"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        into, out = process.stdin, process.stdout
+
+        def ask(commands: list[Command]) -> list[Answer]:
+            into.write(json.dumps([asdict(c) for c in commands]) + "\n")
+            into.flush()
+            return [Answer(**answer) for answer in json.loads(out.readline())]
+
+        yield ask
 
 
 def run(commands: list[Command]) -> list[Answer]:
@@ -92,4 +104,5 @@ def _type(command: Command, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(answer) for answer in run([Command(**c) for c in json.load(sys.stdin)])]))
+    for line in sys.stdin:
+        print(json.dumps([asdict(answer) for answer in run([Command(**c) for c in json.loads(line)])]), flush=True)
