@@ -13,7 +13,7 @@ import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -53,7 +53,7 @@ class Resources(_Strict):
     explain_gpus: float = Field(default=0, ge=0)
 
 
-_SQLITE_FILE = re.compile(r"sqlite(\+pysqlite)?:///(?!.*(:memory:|mode=memory))[^?]*[^?/](\?.*)?")
+_SQLITE_FILE = re.compile(r"sqlite(\+pysqlite)?:///(?!file:|.*(:memory:|mode=memory))[^?]*[^?/](\?.*)?")
 STORES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")  # what MLflow keeps runs in
 
 
@@ -70,7 +70,7 @@ class Tracking(_Strict):
     def _an_address(cls, value: str) -> str:
         if value.partition("://")[0].partition("+")[0] not in STORES or "://" not in value:
             raise ValueError("must be sqlite:///FILE, an http(s):// server or the address of a database")
-        if urlsplit(value).password:
+        if urlsplit(value).password or "password" in parse_qs(urlsplit(value).query):
             raise ValueError("must hold no password; set PGPASSWORD or MLFLOW_TRACKING_PASSWORD in the environment")
         if value.startswith("sqlite") and not _SQLITE_FILE.fullmatch(value):
             raise ValueError(

@@ -207,7 +207,7 @@ def _read(read: Callable[[], str]) -> str:
 
 def _start_time(pid: int) -> str | None:
     """Return when a process started, in clock ticks since boot; empty once it has ended, None if /proc shows none."""
-    fields = _read(lambda: Path(f"/proc/{pid}/stat").read_text()).rpartition(")")[2].split()
+    fields = _read(lambda: Path(f"/proc/{pid}/stat").read_text(errors="replace")).rpartition(")")[2].split()
     if len(fields) <= 19:
         return None
     return fields[19] if fields[0] not in ("Z", "X") else ""

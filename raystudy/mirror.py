@@ -35,14 +35,21 @@ class Mirror:
         self._thread: threading.Thread | None = None
         self._store: Store | None = None
         self._complete = self._told = self._failed = False
+        self._at_rest = True
 
     def start(self) -> None:
         """Mirror in the background until `close`."""
         self._thread = threading.Thread(target=self._loop, name="mlflow-mirror", daemon=True)
         self._thread.start()
 
-    def close(self) -> bool:
-        """Send what is left; False when MLflow does not take it (repair: `raystudy report EXPERIMENT --sync`)."""
+    def close(self, *, at_rest: bool = True) -> bool:
+        """Send what is left; False when MLflow does not take it (repair: `raystudy report EXPERIMENT --sync`).
+
+        Parameters
+        ----------
+        at_rest : nothing runs any more, so what is unfinished is shown as killed; not where another driver goes on.
+        """
+        self._at_rest = at_rest
         self._stop.set()
         if self._thread is None:
             self.start()
@@ -72,6 +79,7 @@ class Mirror:
     def _try(self, final: bool) -> bool:
         try:
             self._store = self._store or Store(self.study, self.settings, self._line)
+            self._store.at_rest = final and self._at_rest
             self._store.sync(final)
         except GivenUpError:
             return False

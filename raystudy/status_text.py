@@ -19,6 +19,7 @@ COLOURS = {
     "interrupted": "yellow",
     "stopped": "blue",
 }
+MESSAGES_ON_TOP = 5
 LIVELIEST = ("running", "failed", "interrupted", "diverged", "stopped", "waiting", "finished")
 
 
@@ -43,7 +44,7 @@ def table(status: StudyStatus, *, may_be_cut: bool = False) -> Group:
 
     Parameters
     ----------
-    may_be_cut : on a screen that may be too low the messages come first, then what goes on and what went wrong.
+    may_be_cut : on a screen that may be too low some messages come first, then what goes on and what went wrong.
     """
     counts = ", ".join(f"{status.counts[s]} {s}" for s in STATES if status.counts[s])
     driver = f"driver {status.driver.get('owner', '?')}" if status.driver else "no driver"
@@ -62,7 +63,8 @@ def table(status: StudyStatus, *, may_be_cut: bool = False) -> Group:
     left = f"; about {clock(status.seconds_left)} of training left" if status.seconds_left is not None else ""
     title = Text(f"{status.study}: {len(status.trials)} trials ({counts}); {driver}{left}", "italic")
     messages = [Text(f"{t.trial_id}: {t.message}") for t in status.trials if t.message]
-    return Group(title, Text(), *messages, *out) if may_be_cut else Group(title, Text(), *out, *messages)
+    first = MESSAGES_ON_TOP if may_be_cut else 0
+    return Group(title, Text(), *messages[:first], *out, *messages[first:])
 
 
 def _row(trial: TrialStatus) -> tuple[str, ...]:

@@ -225,11 +225,11 @@ def open_storage(uri: str | os.PathLike[str], *, retry_seconds: float | None = N
     retry_seconds = RETRY_SECONDS if retry_seconds is None else retry_seconds
     if not text or "\0" in text:
         raise StudyError("the storage address is empty", remedy="a path or s3://bucket/prefix")
-    if short := re.match(r"(s3|gs|gcs):(?!//)/?", text, re.IGNORECASE):
-        scheme, meant = short[1].lower(), text[short.end() :].rpartition("@")[2].partition("?")[0]  # no secret is told
+    if short := re.match(r"((s3|gs|gcs)(?=:)|[a-z][a-z0-9+.-]+(?=:/)):(?!//)/?", text, re.IGNORECASE):
+        scheme, (host, slash, path) = short[1].lower(), text[short.end() :].partition("?")[0].partition("/")
         raise StudyError(
-            f"{scheme}: stands for object storage and takes two slashes; a folder of that name begins with ./",
-            remedy=f"{scheme}://{meant}",
+            f"{scheme}: takes two slashes; a folder of that name begins with ./",
+            remedy=f"{scheme}://{'/' if scheme == 'file' else ''}{host.rpartition('@')[2]}{slash}{path}",  # no secret
         )
     if "://" not in text:
         return Storage(os.path.abspath(Path(text).expanduser()), retry_seconds)  # no ".." is left in it

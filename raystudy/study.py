@@ -25,7 +25,7 @@ import yaml
 
 from raystudy.errors import DamagedFileError, NewerStudyError, StudyError
 from raystudy.images.array import ImageArray
-from raystudy.images.store import FOLDER, load_pixels, size_of
+from raystudy.images.store import FOLDER, form_of, load_pixels
 from raystudy.lock import DRIVER, gone_from_here
 from raystudy.results import open_sealed, read_result, read_sealed, write_sealed
 from raystudy.storage import Storage, open_storage
@@ -36,7 +36,7 @@ STATES: tuple[State, ...] = ("waiting", "running", "interrupted", "failed", "div
 PLAN = "plan.json"
 IMAGES = "images.json"
 FORMAT_VERSION = 1  # of the study directory; raised when an older raystudy could no longer read it
-SECTIONS = ("study_seed", "sources", "model", "training", "explain", "notes")  # what is read from experiment.yaml
+SECTIONS = ("study_seed", "sources", "images", "model", "training", "explain", "notes")  # of experiment.yaml, as read
 Lock = dict[str, Any] | None  # the record of a living driver's lock
 HEARTBEAT_SECONDS = 60  # a driver that has not touched its lock for so long is taken for dead by `status` and `report`
 
@@ -195,17 +195,22 @@ class Study:
         """Read a Parquet file of the study directory."""
         return self.storage.read_table(path).to_pandas()
 
-    def films(self, image_ids: list[str], size: int) -> ImageArray:
-        """Return decoded films of the study from the image store beside it.
+    def films(self, image_ids: list[str], size: int, axes: Mapping[str, object]) -> ImageArray:
+        """Return decoded films of the study from the image store beside it, as a trial sees them.
+
+        Parameters
+        ----------
+        size, axes : the trial's edge length in pixels and its axes, which may name how films are resized.
 
         Raises
         ------
-        FileNotFoundError : the images of this study were never prepared at this size.
+        FileNotFoundError : the images of this study were never prepared in this form.
         """
+        resize = axes.get("images.resize") or self.experiment()["images"]["resize"]
         for key in self.image_keys() or ():
-            if size_of(key) == size:
+            if form_of(key) == f"{resize}{size}":
                 return load_pixels(self._root, key, image_ids)
-        raise FileNotFoundError(f"no films of {size} px belong to {self.storage.uri}")
+        raise FileNotFoundError(f"no films of {size} px ({resize}) belong to {self.storage.uri}")
 
     def image_keys(self) -> list[str] | None:
         """Return the names of the study's films in the image store, or None when they were never prepared.

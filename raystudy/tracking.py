@@ -54,6 +54,7 @@ from raystudy.tracking_values import (
 OPENS_AS = {"mlflow.experimentKind": "custom_model_development"}  # the page of runs shows parameters and metrics
 EVENTS_A_BATCH = 1000 // MOST_NUMBERS  # MLflow takes 1,000 metrics a request
 PARAMS_A_BATCH = 100
+LONGEST_NAME = 250  # of a run: MLflow's tables take no more; the tag holds the whole id
 ERROR = "raystudy.error"  # a tag: why the trial failed; raystudy.error.JOB: why its explanation did
 FAILED = "failed.json"
 PRIVATE = ("report/figures/films", "report/index.html", "report/tables/planted_truth.csv")  # of the report: films, ids
@@ -142,7 +143,7 @@ class Store:
 
     def __init__(self, study: Study, settings: Tracking, line: Line, *, anew: bool = False) -> None:
         self.study, self.settings, self.ask = study, settings, line
-        self.at_rest = anew  # a repair holds the study's lock: no trial can be running
+        self.at_rest = anew  # no trial can be running: a repair holds the study's lock
         for name in ("alembic", "mlflow.store.db.utils"):  # a new database tells of every migration
             logging.getLogger(name).setLevel(logging.ERROR)
         self.client = MlflowClient(tracking_uri=settings.uri)
@@ -234,7 +235,7 @@ class Store:
                 self.experiment_id,
                 started or failed_at,
                 tags,
-                run_name=trial_id or self.study.name,
+                run_name=(trial_id or self.study.name)[:LONGEST_NAME],
             )
             self.runs[name] = made.info.run_id
             self.live.add(made.info.run_id)
@@ -250,7 +251,7 @@ class Store:
             status = _study_status([files.get(t, set()) for t in plan["trials"]])
             if final:
                 self._sync_study(status)
-            elif status == "RUNNING" and ("", "") in self.runs:  # a repair may have shown it as killed
+            elif status == "RUNNING" and ("", "") in self.runs:  # it was shown as killed while nobody worked on it
                 self._set_status(self.run(""), status, 0, self._sent_of_study())
         finally:
             cursor = {"study": self.id, "sent": copy.deepcopy(self.sent)}

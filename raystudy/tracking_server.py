@@ -91,7 +91,8 @@ def _check_database(uri: str, must_answer: bool) -> None:
             remedy="for example sqlite:///mlflow.db or postgresql://USER@HOST:5432/DATABASE",
         ) from None
     try:
-        revision, tables = _tables(uri) if must_answer else _tables_if_it_answers(uri)
+        file = _sqlite_file(uri) if uri.startswith("sqlite") else None  # that it is wrong is seen at once
+        revision, tables = _tables(uri, file) if must_answer else _tables_if_it_answers(uri, file)
     except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError) as error:
         raise StudyError(
             f"MLflow's database cannot be opened: {first_line(error)}",
@@ -118,13 +119,13 @@ def _check_database(uri: str, must_answer: bool) -> None:
         )
 
 
-def _tables_if_it_answers(uri: str) -> tuple[str | None, set[str]]:
+def _tables_if_it_answers(uri: str, file: Path | None) -> tuple[str | None, set[str]]:
     """Return the same as `_tables`, or (None, empty) when a database is away, silent or not to be opened."""
     answers: list[tuple[str | None, set[str]]] = []
 
     def ask() -> None:
         with contextlib.suppress(Exception):  # every driver has its own words for it
-            answers.append(_tables(uri))
+            answers.append(_tables(uri, file))
 
     thread = threading.Thread(target=ask, daemon=True)  # a driver may wait for minutes: it is left behind
     thread.start()
@@ -132,17 +133,23 @@ def _tables_if_it_answers(uri: str) -> tuple[str | None, set[str]]:
     return answers[0] if answers else (None, set())
 
 
-def _tables(uri: str) -> tuple[str | None, set[str]]:
-    """Return the revision of a database (None: it has none yet) and the names of its tables."""
-    kind, _, rest = uri.partition("://")
-    if kind.startswith("sqlite"):
-        file = Path(rest.removeprefix("/").partition("?")[0])
-        if not file.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {file.parent}")
+def _sqlite_file(uri: str) -> Path:
+    """Return the file of a SQLite address; an OSError says why it can be none."""
+    file = Path(uri.partition("://")[2].removeprefix("/").partition("?")[0])
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent}")
+    if file.exists():
+        with file.open("rb") as base:
+            if base.read(16) not in (b"", b"SQLite format 3\0"):
+                raise OSError(f"{file} is no SQLite database")
+    return file
+
+
+def _tables(uri: str, file: Path | None) -> tuple[str | None, set[str]]:
+    """Return the revision of a database (None: it has none yet) and the names of its tables; ``file``: of SQLite."""
+    if file is not None:
         if not file.exists():
             return None, set()
-        if file.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):
-            raise OSError(f"{file} is no SQLite database")
         uri = f"sqlite:///file:{quote(str(file.absolute()))}?mode=ro&uri=true"
     engine = sqlalchemy.create_engine(uri)
     try:

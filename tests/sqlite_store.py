@@ -27,7 +27,7 @@ def sqlite(tmp_path: Path, empty_store: Path) -> Tracking:
     return Tracking(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
-def mirror_all(study: Study, settings: Tracking) -> None:
+def mirror_all(study: Study, settings: Tracking, *, at_rest: bool = True) -> None:
     mirror = Mirror(study, settings)
     mirror.start()
-    assert mirror.close()
+    assert mirror.close(at_rest=at_rest)

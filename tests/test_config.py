@@ -175,11 +175,14 @@ REFUSALS = {
         for uri in (
             "sqlite://mlflow.db", "sqlite://", "sqlite:///", "sqlite:////", "sqlite:///?timeout=9", "sqlite:///runs/",
             "sqlite:///:memory:", "sqlite:///file::memory:?uri=true", "sqlite:///file:a?mode=memory&uri=true",
-            "sqlite+aiosqlite:///mlflow.db",
+            "sqlite+aiosqlite:///mlflow.db", "sqlite:///file:?uri=true",
         )
     },
     "a password": (
         "tracking: {uri: postgresql://me:hunter2@db/mlflow}\n", 7, "tracking.uri", "must hold no password", "",
+    ),
+    "a password among the options": (
+        "tracking: {uri: 'postgresql://me@db/mlflow?password=hunter2'}\n", 7, "tracking.uri", "hold no password", "",
     ),
     "a number for a key": ("3: 4\n", 7, "(top level)", "the key 3 is no text", "put the key in quotes"),
     "a number for a key of a section": ("training: {3: 4}\n", 7, "training", "the key 3 is no text", "quotes"),

@@ -45,6 +45,13 @@ def test_on_a_screen_that_is_too_low_what_is_cut_off_is_what_is_done() -> None:
     assert text.count("done-") == 30
 
 
+def test_many_messages_leave_room_for_what_runs_on_a_screen_that_is_too_low() -> None:
+    failed = [TrialStatus(f"bad-{n}", "failed", message="no memory") for n in range(30)]
+    text = shown(*failed, TrialStatus("on", "running"), may_be_cut=True)
+    assert text.index("\non ") < text.index("bad-5: no memory")
+    assert text.count(": no memory") == 30
+
+
 def test_a_study_tells_how_long_its_training_goes_on() -> None:
     running = TrialStatus("a", "running", "joint", 2, 10, 100.0, 16.0)  # 2 s an epoch
     slower = TrialStatus("b", "running", "joint", 5, 10, 50.0, 20.0)  # 4 s

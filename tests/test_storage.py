@@ -280,6 +280,16 @@ def test_a_bucket_with_a_slash_too_few_is_no_folder(scheme: str, rest: str) -> N
     assert "secret" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("address", "meant"),
+    [("file:/tmp/x", "file:///tmp/x"), ("hdfs:/x", "hdfs://x"), ("s3:/bucket/a@b/c", "s3://bucket/a@b/c")],
+)
+def test_an_address_with_a_slash_too_few_is_no_folder(address: str, meant: str) -> None:
+    with pytest.raises(StudyError, match="two slashes") as refusal:
+        open_storage(address)
+    assert refusal.value.remedy == meant
+
+
 def test_a_folder_may_have_a_colon_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("./s3:x", "run:1", "s3/x"):

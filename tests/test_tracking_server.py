@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import sqlalchemy
@@ -34,6 +35,13 @@ def test_a_database_that_mlflow_refuses_as_too_old_is_refused_with_the_remedy(sq
         with pytest.raises(StudyError, match="was written by an older MLflow") as refusal:
             check_server(sqlite.uri, must_answer=must_answer)
         assert f"mlflow db upgrade {sqlite.uri}" in str(refusal.value)
+
+
+def test_a_file_that_can_be_no_database_is_refused_although_a_server_may_be_away(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is no database")
+    for file in (tmp_path / "nowhere" / "m.db", tmp_path, tmp_path / "text.db"):
+        with pytest.raises(StudyError, match="cannot be opened"):
+            check_server(f"sqlite:///{file}", must_answer=False)
 
 
 def test_a_database_of_a_newer_mlflow_is_refused_on_a_server_too_although_it_need_not_answer(

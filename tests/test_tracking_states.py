@@ -56,7 +56,7 @@ def test_an_interrupted_trial_is_shown_as_killed_and_goes_on_as_running(
     trial_id = next(steps).split()[0]
     for event, status in (("interrupted", "KILLED"), ("resumed", "RUNNING")):
         study.trial(trial_id).append_event("events", {"time": time.time(), "event": event, "epoch": 0})
-        mirror_all(study, sqlite)
+        mirror_all(study, sqlite, at_rest=False)
         (run,) = [r for r in runs(sqlite.uri, "tiny") if r.data.tags["raystudy.trial_id"] == trial_id]
         assert run.info.status == status
 
@@ -66,7 +66,7 @@ def test_a_trial_that_a_search_stopped_is_shown_as_killed_though_it_had_no_time_
 ) -> None:
     study = Study(open_storage(tmp_path).child("tiny"))
     trial_id = next(t for t, event in map(str.split, replay(tiny_study.study, study)) if event == "epoch")
-    mirror_all(study, sqlite)
+    mirror_all(study, sqlite, at_rest=False)
     assert run_of(sqlite, trial_id).info.status == "RUNNING"
     study.trial(trial_id).write_json("stopped.json", {"epoch": 1, "value": 55.0})
     mirror_all(study, sqlite)
@@ -99,6 +99,16 @@ def test_a_repair_shows_what_a_killed_driver_left_as_killed_until_it_goes_on(
         pass
     mirror_all(study, sqlite)
     assert_mirrored_once(study, sqlite.uri)
+
+
+def test_what_a_driver_leaves_unfinished_is_shown_as_killed_unless_another_one_goes_on(
+    tiny_study: TinyStudy, tmp_path: Path, sqlite: Tracking
+) -> None:
+    study = Study(open_storage(tmp_path).child("tiny"))
+    next(e for e in replay(tiny_study.study, study) if e.endswith(" epoch"))  # and the trial's process dies
+    for at_rest, status in ((False, "RUNNING"), (True, "KILLED"), (False, "RUNNING"), (True, "KILLED")):
+        mirror_all(study, sqlite, at_rest=at_rest)
+        assert [run.info.status for run in runs(sqlite.uri, "tiny")] == [status, status]
 
 
 def begun_trial(study: Study, trial_id: str, came: Study, since: float) -> None:
@@ -207,7 +217,7 @@ def test_a_study_with_failed_trials_alone_left_is_shown_as_failed_until_they_are
         return run.info.status
 
     directory.delete("result.json")
-    assert status() == "RUNNING"
+    assert status() == "KILLED"
     directory.write_json("failed.json", {"error": "killed", "attempts": 1})
     assert status() == "FAILED"
     directory.delete("failed.json")

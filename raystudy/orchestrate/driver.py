@@ -44,7 +44,7 @@ class Mirror(Protocol):
     """A copy of the study directory elsewhere; never in the way of training."""
 
     def start(self) -> None: ...
-    def close(self) -> bool: ...
+    def close(self, *, at_rest: bool) -> bool: ...
 
 
 def run(
@@ -198,7 +198,7 @@ def run_study(
                 shown.say(report(study))
                 write_sealed(study.storage, REPORTED, {"of": _subject(study)}, study.storage.list("report"))
         finally:
-            if mirror is not None and not mirror.close():
+            if mirror is not None and not mirror.close(at_rest=not lock.lost):
                 shown.say("the MLflow mirror is behind; repair it with `raystudy report EXPERIMENT --sync`")
         _refuse_loss(lock, study)
     outcome.seconds = time.monotonic() - started

@@ -161,7 +161,7 @@ class TrialSlot(tune.Trainable):
                     write_sealed(self._directory, FAILED, mark, ())
                     return self._over("failed", message)
                 retry = {"time": time.time(), "event": "retry", "attempt": self._attempt, "error": message}
-                self._directory.append_event("events", retry)
+                self._directory.append_event("events", {**retry, "driver": self.shared.owner})
                 _sleep(pause_before_retry(error, self._attempt, placement, os.getpid()), stopped)
 
     def _begin(self) -> None:

@@ -223,7 +223,7 @@ def _add_panels(
     rows = {id(e): _strongest(e) for e in [*spread, strong]}
     wanted = list(dict.fromkeys(i for e in [*spread, strong] for i in e.image_ids))
     try:
-        films = data.study.films(wanted, int(strong.trial.spec["image_size"]))
+        films = data.study.films(wanted, int(strong.trial.spec["image_size"]), strong.trial.spec["axes"])
     except (StudyError, FileNotFoundError):
         section.note = (
             "The films are not beside this study any more, so no panel shows any: `raystudy prepare EXPERIMENT`."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from raystudy.results import PROTOTYPES, sealed
 from raystudy.study import Study
 from raystudy.trial import load_model
 from raystudy.trial_files import read_spec
+from raystudy.trial_spec import TrialSpec
 
 SHOWN = 3  # prototypes of the predicted class with different sources
 
@@ -46,9 +48,11 @@ def explain_images(
     spec = read_spec(directory)
     model = load_model(directory)
     sources = sealed(directory).read_table(PROTOTYPES).to_pandas()
+    resize = spec.axes.get("images.resize", image_settings.resize)
+    image_settings = replace(image_settings, size=spec.image_size, resize=resize)
     written: set[str] = set()
     for name in images:
-        film = _film(study, name, spec.image_size, image_settings)
+        film = _film(study, name, spec, image_settings)
         figure = _panel(model, film, spec.class_names, sources["image_id"].astype(str).tolist(), settings, name)
         safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
         path = f"explain/images/{safe}.png"
@@ -75,7 +79,7 @@ def _find_trial(study: Study, trial: str) -> str:
     return exact[0]
 
 
-def _film(study: Study, name: str, size: int, settings: ImageSettings) -> NDArray[np.uint8]:
+def _film(study: Study, name: str, spec: TrialSpec, settings: ImageSettings) -> NDArray[np.uint8]:
     file = Path(name)
     try:
         if file.is_file():
@@ -84,7 +88,7 @@ def _film(study: Study, name: str, size: int, settings: ImageSettings) -> NDArra
         reason = error.strerror if isinstance(error, OSError) else error
         raise StudyError(f"the film cannot be read: {reason}", where=name, remedy="give a PNG or JPEG film") from None
     try:
-        return study.films([name], size).pixels[0]
+        return study.films([name], spec.image_size, spec.axes).pixels[0]
     except (KeyError, FileNotFoundError, StudyError):
         raise StudyError(
             f"{name!r} is neither an image id of this study nor a file",

@@ -44,8 +44,9 @@ PROVOKED: dict[str, tuple[dict[str, str], int, int, str]] = {
         {
             f'ray_raystudy_trials{{{STUDY},state="waiting"}}': "2x30",
             f'ray_raystudy_trials{{{STUDY},state="running"}}': "1x4 0x30",
+            f'ray_raystudy_explanations_total{{{STUDY},state="finished"}}': "0x6 1x30",
         },
-        14, 15, "s: trials wait and none runs",
+        18, 19, "s: trials wait and none runs",
     ),
     "RaystudyQuarantine": (
         {

@@ -120,6 +120,7 @@ def test_what_fails_is_marked_what_runs_out_of_memory_comes_back_and_the_study_f
     assert "told to fail" in value.read_json("failed.json")["error"]
     (retry,) = memory.read_events("events")
     assert (retry["event"], retry["attempt"]) == ("retry", 1)
+    assert retry["driver"]  # so that another driver's `status` does not take it for its own
     assert "MemoryError" in retry["error"]
     assert not sound.exists("events")
     counts = study.status().counts

@@ -101,6 +101,18 @@ def test_a_process_that_proc_hides_is_not_taken_for_dead(
     assert storage.read_json(LOCK)["token"] != record["token"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/comm").exists(), reason="needs Linux's /proc")
+def test_a_process_whose_name_was_cut_within_a_letter_is_alive(tmp_path: Path) -> None:
+    name = Path("/proc/self/comm")
+    before = name.read_bytes()
+    name.write_bytes("fourteen bytesä".encode())  # the kernel keeps fifteen
+    try:
+        with locked(storage := open_storage(tmp_path)):
+            assert gone_from_here(storage.read_json(LOCK)) is False
+    finally:
+        name.write_bytes(before)
+
+
 @pytest.mark.parametrize("pid", [0, -1, 2**22 + 1, 2**31, 10**30])
 def test_a_pid_that_no_process_can_have_is_dead(pid: int, tmp_path: Path) -> None:
     with locked(storage := open_storage(tmp_path)):
