@@ -16,10 +16,7 @@ from raystudy.results import write_sealed
 from raystudy.study import Study
 from raystudy.tracking import Store, sync_study
 from raystudy.tracking_server import check_server
-from tests.mlflow_view import (
-    assert_mirrored_once,
-    runs,
-)
+from tests.mlflow_view import assert_mirrored_once, runs
 from tests.s3_server import free_port
 from tests.tiny_study import TinyStudy
 

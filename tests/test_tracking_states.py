@@ -14,11 +14,7 @@ from raystudy.storage import open_storage
 from raystudy.study import Study
 from raystudy.tracking import Line, Store, sync_study
 from raystudy.tracking_values import event_numbers, event_time
-from tests.mlflow_view import (
-    assert_mirrored_once,
-    replay,
-    runs,
-)
+from tests.mlflow_view import assert_mirrored_once, replay, runs
 from tests.sqlite_store import mirror_all
 from tests.tiny_study import TinyStudy
 

@@ -19,6 +19,7 @@ from raystudy.evaluate.intervals import (
     components,
     seed_part,
     share_interval,
+    share_reach,
 )
 
 Z = norm.ppf(0.975)
@@ -71,6 +72,14 @@ def test_interaction_is_taken_once_and_the_patients_part_is_never_narrowed() -> 
     apart = half_width(np.array([-1.0, 0.0, 1.0]), rows)
     assert apart == pytest.approx(np.sqrt(t.ppf(0.975, 2) ** 2 / 3))  # z^2 V - z^2 I + t^2 S
     assert half_width(np.zeros(3), rows) == pytest.approx(Z * np.sqrt(1 / 3))
+
+
+@pytest.mark.parametrize("n", [3, 4, 10])
+def test_a_measured_quantity_of_few_patients_reaches_as_far_as_students_quantile(n: int) -> None:
+    resampled = 0.5 + 0.01 * np.array([[-1.0], [1.0]])  # their variance is 1e-4
+    share = Share((0,), np.array([0.5]), resampled, patients=n, outcomes=False)
+    reach = t.ppf(0.975, n - 1) * 0.01 * np.sqrt((n + 1) / (n - 1))
+    assert share_reach(share) == pytest.approx((reach, reach), rel=1e-12)
 
 
 @pytest.mark.parametrize("level", [0.95, 0.995])
